@@ -1,0 +1,203 @@
+"""Where a worker stands in its loops: named, nested, following one another.
+
+Per depth there is a scope: the loops opened there within the batch in hand of the loop outside, in order. A new batch
+outside begins new scopes inside. Marks of an earlier attempt wait in `_restored` until a loop of their name is opened.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from faultguard._core.records import Mark
+from faultguard.errors import InputChangedError, UsageError
+
+__all__ = ["HAND_WRITTEN", "Cursors", "Loop"]
+
+HAND_WRITTEN = ""  # the loop that `advance()` counts where no `batches()` is open
+MAX_DEPTH = 16
+MAX_SIBLINGS = 1000
+
+Marks = tuple[tuple[Mark, ...], ...]
+
+
+class Loop:
+    """One open or finished loop. `done` counts finished batches, and is the index of the batch in hand."""
+
+    __slots__ = ("current", "depth", "done", "finished", "in_hand", "last", "last_known", "length", "name", "opened", "status", "total")
+
+    def __init__(self, name: str, depth: int) -> None:
+        self.name = name
+        self.depth = depth
+        self.done = 0
+        self.finished = False
+        self.in_hand = False  # a batch was given out and is not done
+        self.length: int | None = None
+        self.last: str | None = None  # fingerprint of the last finished batch, as far as it is known
+        self.current: object = None  # the batch in hand, or the last one given out
+        self.last_known = True  # False: `current` is newer than `last`
+        self.opened = False  # by this attempt; a mark of an earlier one waits until then
+        self.status: Literal["open", "left"] = "open"
+        self.total: int | None = None
+
+    def mark(self) -> Mark:
+        """What a record keeps of this loop."""
+        return Mark(name=self.name, done=self.done, finished=self.finished, length=self.length, last=self.last)
+
+
+class Cursors:
+    """All loops of one worker.
+
+    Args:
+        restored: the loops of the checkpoint to go on from.
+    """
+
+    def __init__(self, restored: Marks = ()) -> None:
+        self._scopes: list[list[Loop]] = [[_loop(mark, depth) for mark in scope] for depth, scope in enumerate(restored)]
+        self._stack: list[Loop] = []
+
+    @property
+    def innermost(self) -> Loop | None:
+        """The innermost open loop; where none is open, the last one of the outermost scope."""
+        if self._stack:
+            return self._stack[-1]
+        return self._scopes[0][-1] if self._scopes and self._scopes[0] else None
+
+    @property
+    def position(self) -> tuple[int, ...]:
+        """Batches done, outer to inner."""
+        if self._stack:
+            return tuple(loop.done for loop in self._stack)
+        return (self.innermost.done,) if self.innermost else ()
+
+    @property
+    def restored_position(self) -> tuple[int, ...]:
+        """Batches done per depth in the loop that the checkpoint left last."""
+        return tuple(scope[-1].done for scope in self._scopes if scope)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether a loop is open."""
+        return bool(self._stack)
+
+    @property
+    def holds_back(self) -> bool:
+        """Whether the state may be in the middle of a batch: one is in hand, or a loop was left without its end."""
+        innermost = self.innermost
+        return innermost is not None and innermost.in_hand
+
+    def open(self, name: str, length: int | None = None, total: int | None = None) -> Loop:
+        """Open a loop inside the batch in hand, or after the loop before it, which that closes.
+
+        Raises:
+            UsageError: the scope had a loop of this name in this attempt.
+            InputChangedError: its input has another length than when the checkpoint was made.
+        """
+        depth = len(self._stack)
+        if depth >= MAX_DEPTH:
+            msg = f"loop {name!r} is nested {depth + 1} deep, the limit is {MAX_DEPTH}; use advance() in a loop of your own for the inner ones"
+            raise UsageError(msg)
+        scope = self._scope(depth)
+        loop = next((known for known in scope if known.name == name), None)
+        if loop is not None and loop.opened:
+            msg = (
+                f"a second loop named {name!r} begins in the same scope; on resume the two could not be told apart. "
+                f'Give each its own name: batches(items, name="second")'
+            )
+            raise UsageError(msg)
+        for earlier in scope:
+            if earlier is not loop and not earlier.finished:
+                _close(earlier)
+                del self._scopes[depth + 1 :]
+        if loop is None:
+            if len(scope) >= MAX_SIBLINGS:
+                msg = f"more than {MAX_SIBLINGS} loops in one scope; make one loop over all of it"
+                raise UsageError(msg)
+            loop = Loop(name, depth)
+            scope.append(loop)
+        elif loop.length is not None and length is not None and loop.length != length:
+            raise input_changed(loop, f"it had {loop.length} batches and now has {length}")
+        loop.opened = True
+        loop.length = length if length is not None else loop.length
+        loop.total = total if total is not None else loop.length
+        self._stack.append(loop)
+        return loop
+
+    def done(self, loop: Loop, n: int = 1) -> None:
+        """The batch in hand of `loop` is done, or `n` more of a hand-written one: loops inside it begin anew."""
+        loop.done += n
+        loop.in_hand = False
+        loop.last_known = False
+        del self._scopes[loop.depth + 1 :]
+
+    def finish(self, loop: Loop) -> None:
+        """The input is used up."""
+        loop.finished = True
+        loop.in_hand = False
+        self._pop(loop)
+
+    def leave(self, loop: Loop) -> None:
+        """The loop was left early: by `break`, `return` or an exception. What follows decides whether its batch counts."""
+        loop.status = "left"
+        self._pop(loop)
+
+    def close_left(self) -> None:
+        """The block ends without an exception: loops that were left early are over, with the batch in hand done."""
+        for scope in self._scopes[:1]:
+            for loop in scope:
+                if loop.opened and not loop.finished:
+                    _close(loop)
+                    del self._scopes[loop.depth + 1 :]
+        self._stack.clear()
+
+    def hand_written(self) -> Loop:
+        """The loop that `advance()` counts outside of any `batches()`: always there, never over."""
+        scope = self._scope(0)
+        loop = next((known for known in scope if known.name == HAND_WRITTEN), None)
+        if loop is None:
+            loop = Loop(HAND_WRITTEN, 0)
+            scope.append(loop)
+        loop.opened = True
+        return loop
+
+    def marks(self) -> Marks:
+        """What a record keeps of all loops."""
+        return tuple(tuple(loop.mark() for loop in scope) for scope in self._scopes if scope)
+
+    def loops(self) -> list[Loop]:
+        """Every loop in every scope."""
+        return [loop for scope in self._scopes for loop in scope]
+
+    def _scope(self, depth: int) -> list[Loop]:
+        while len(self._scopes) <= depth:
+            self._scopes.append([])
+        return self._scopes[depth]
+
+    def _pop(self, loop: Loop) -> None:
+        if loop in self._stack:
+            del self._stack[self._stack.index(loop) :]
+
+
+def input_changed(loop: Loop, difference: str) -> InputChangedError:
+    """The error for an input that is not the one of the checkpoint."""
+    msg = (
+        f"loop {loop.name!r} resumes after {loop.done} batches, but its input is another one: {difference}. "
+        f"Give it the same batches in the same order (fixed seed, sorted listing, same chunk size), or start the worker over under a new id."
+    )
+    return InputChangedError(msg, loop=loop.name)
+
+
+def _loop(mark: Mark, depth: int) -> Loop:
+    loop = Loop(mark.name, depth)
+    loop.done, loop.finished, loop.length, loop.last = mark.done, mark.finished, mark.length, mark.last
+    return loop
+
+
+def _close(loop: Loop) -> None:
+    """End a loop that was left early; the batch in hand counts as done."""
+    if loop.name == HAND_WRITTEN:
+        return
+    if loop.in_hand:
+        loop.done += 1
+        loop.in_hand = False
+        loop.last_known = False
+    loop.finished = True

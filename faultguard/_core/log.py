@@ -1,0 +1,527 @@
+"""The rules of a worker's log: who may claim it, what is saved, loaded and deleted, and what an unclear reply means.
+
+Every procedure is a generator: it yields what it wants from the store (`List`, `Get`, `Create`, `Delete`), is sent the
+reply, and returns the result. So one text of the rules is driven by the real store, by a model with lost replies and
+frozen processes, and by anything else. Nothing here knows time, threads or files.
+
+Why it is enough: an acknowledged save lies below every later claim, so later attempts load it; creation orders everything;
+deleting needs no check, because the deleter's own durable save made what it deletes superfluous.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+from faultguard._core.budget import add_failure, cost_of_crash, exhausted, next_budget
+from faultguard._core.records import Ended, FailureRecord, Outcome, Owner, Record, Snapshot, decode_record, encode_record
+from faultguard.errors import AmbiguousReplyError, CheckpointCorruptError, CheckpointStoreError
+
+if TYPE_CHECKING:
+    from collections.abc import Generator, Iterable
+
+__all__ = [
+    "Blocked",
+    "Claimant",
+    "Create",
+    "Delete",
+    "Finished",
+    "Get",
+    "Granted",
+    "Held",
+    "List",
+    "Op",
+    "Refused",
+    "Reply",
+    "claim",
+    "load",
+    "may_claim",
+    "retain",
+    "retry_record",
+    "save",
+    "superfluous",
+]
+
+MAX_CLAIM_TRIES = 64
+MAX_CREATE_TRIES = 5
+MAX_RELISTINGS = 5
+MIN_KEEP = 2  # one damaged record must not cost everything
+
+
+# --- what a procedure asks of the store -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class List:
+    """All record numbers. Only the first listing of a claim may be stale; every other must show all completed creates."""
+
+    may_be_stale: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Get:
+    """The bytes of a record; None when it is absent."""
+
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
+class Create:
+    """Create a record unless there is one of that number; answered by a `Reply`."""
+
+    number: int
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Delete:
+    """Delete a record, which may be absent."""
+
+    number: int
+
+
+Op = List | Get | Create | Delete
+
+
+class Reply(enum.Enum):
+    """What a store says to a create."""
+
+    CREATED = "created"
+    EXISTS = "exists"
+    AMBIGUOUS = "ambiguous"
+
+
+# --- who asks, and what comes of it ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Claimant:
+    """An attempt that wants the worker. `gone` is the token of a holder that is known to be dead."""
+
+    owner: Owner
+    task: str
+    worker_id: str
+    max_failures: int
+    named_run: bool = False
+    always: bool = False  # the manager's public methods: whoever registers, supersedes
+    gone: int = 0
+
+
+@dataclass(slots=True)
+class Held:
+    """A worker's log as its holder knows it. `known` says what each existing record is; `last` is the highest."""
+
+    owner: Owner
+    task: str
+    worker_id: str
+    token: int
+    life: int
+    attempt: int
+    charged: int
+    failures: tuple[FailureRecord, ...]
+    last: int
+    durable: Snapshot | None
+    saved_s: float = 0.0
+    known: dict[int, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Granted:
+    """The worker is this attempt's. `head` is the record that it follows, `damaged` what had to be set aside."""
+
+    held: Held
+    snapshot: Snapshot | None
+    head: Record | None
+    damaged: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """There is nothing to run: the worker has its outcome. `now` is True when this claim recorded it (budget spent)."""
+
+    record: Record
+    now: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Blocked:
+    """Another task of this driver holds the worker; it must be known dead first."""
+
+    head: Record
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """A later attempt of the same work has claimed the worker already."""
+
+    head: Record
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """What a listing means: the newest intact record and the one that holds the state to go on from."""
+
+    head: Record | None
+    snapshot: Snapshot | None
+    holder: int  # number of the record that holds `snapshot`; 0: fresh
+    damaged: tuple[int, ...]
+    numbers: tuple[int, ...]  # the listing that was read; a relisting replaces the caller's
+
+
+Verdict = Literal["claim", "wait", "refuse", "outcome"]
+
+
+def may_claim(head: Record | None, me: Claimant) -> Verdict:
+    """Who may claim a worker whose newest record is `head`.
+
+    Two attempts of one Ray task are ordered by Ray's attempt number, never by arrival: an old one may thaw late.
+    """
+    if head is None or me.always:
+        return "claim"
+    owner = head.owner
+    if head.kind == "end":
+        return _after_end(head, me)
+    if owner.task_id == me.owner.task_id:
+        mine, theirs = _order(me.owner), _order(owner)
+        if mine > theirs or (mine == theirs and head.ended is not None):
+            return "claim"
+        return "wait" if mine == theirs else "refuse"
+    if owner.epoch != me.owner.epoch:
+        return "claim" if me.owner.epoch > owner.epoch else "refuse"
+    return "claim" if head.ended is not None or head.token == me.gone else "wait"
+
+
+def _order(owner: Owner) -> tuple[int, int]:
+    return owner.ray_attempt, owner.local_retry
+
+
+def _after_end(head: Record, me: Claimant) -> Verdict:
+    """A task that runs again gets its outcome; new work begins a new life, or after a failure goes on."""
+    completed = head.outcome is None or head.outcome.status == "completed"
+    if head.owner.task_id == me.owner.task_id or (completed and me.named_run):
+        return "outcome"
+    return "claim"
+
+
+# --- loading --------------------------------------------------------------------------------------------------------
+
+
+def load(numbers: Iterable[int]) -> Generator[Op, Any, Loaded]:
+    """Read what a listing means: the highest number decides.
+
+    A save or an end is its own state; a claim names it. What is damaged is set aside for the next lower holder of the same
+    life. What is absent may just have been deleted by a live holder, so it is listed again.
+
+    Raises:
+        CheckpointCorruptError: the log says that there is a state, and no intact one is left. Never a fresh start.
+    """
+    for _ in range(MAX_RELISTINGS):
+        loaded = yield from _load_once(sorted(numbers, reverse=True))
+        if loaded is not None:
+            return loaded
+        numbers = yield List()
+    msg = "the record that holds the state is gone, and no newer one appears; restore the checkpoint directory, or start over"
+    raise CheckpointCorruptError(msg)
+
+
+def _load_once(numbers: list[int]) -> Generator[Op, Any, Loaded | None]:
+    """One reading, from the highest number down; None when something that must be there is absent."""
+    if not numbers:
+        return Loaded(None, None, 0, (), ())
+    damaged: list[int] = []
+    head: Record | None = None
+    wanted = numbers[0]
+    for number in numbers:
+        if number > wanted:
+            continue
+        record = yield from _read(number)
+        if record == "absent":
+            return None
+        if record == "damaged":
+            damaged.append(number)
+        elif head is None:
+            head = record
+            if _is_fresh(head):
+                return Loaded(head, None, 0, tuple(damaged), tuple(numbers))
+            wanted = head.points_to or number
+            if wanted not in numbers:
+                return None
+        if head is not None and isinstance(record, Record) and record.snapshot is not None and record.life == head.life:
+            return Loaded(head, record.snapshot, number, tuple(damaged), tuple(numbers))
+    msg = f"records {', '.join(map(str, damaged))} are damaged and no intact one is left below them"
+    raise CheckpointCorruptError(msg, damaged=tuple(damaged))
+
+
+def _read(number: int) -> Generator[Op, Any, Record | Literal["absent", "damaged"]]:
+    """One record, verified."""
+    data = yield Get(number)
+    if data is None:
+        return "absent"
+    return decode_record(data, number) or "damaged"
+
+
+def _is_fresh(head: Record) -> bool:
+    """Whether the record says explicitly that there is no state yet."""
+    return head.snapshot is None and head.points_to == 0
+
+
+# --- claiming -------------------------------------------------------------------------------------------------------
+
+
+def claim(me: Claimant, now: float) -> Generator[Op, Any, Granted | Finished | Blocked | Refused]:
+    """Try to begin an attempt.
+
+    A claim is granted when its number is still the highest in a second listing. One that lost is left where it is: to
+    remove it could open the number for somebody who saw the log before it.
+    """
+    numbers = yield List(may_be_stale=True)
+    for _ in range(MAX_CLAIM_TRIES):
+        loaded = yield from load(numbers)
+        head = loaded.head
+        verdict = may_claim(head, me)
+        if head is not None and verdict == "outcome":
+            return Finished(head)
+        if head is not None and verdict == "wait":
+            return Blocked(head)
+        if head is not None and verdict == "refuse":
+            return Refused(head)
+        number = max(loaded.numbers, default=0) + 1
+        record = claim_record(me, loaded, number, now)
+        created = yield from _create(number, encode_record(record))
+        numbers = yield List()
+        if created and max(numbers, default=0) == number:
+            if record.kind == "end":
+                return Finished(record, now=True)
+            return Granted(_held(record, numbers, loaded), loaded.snapshot if record.points_to else None, head, loaded.damaged)
+    msg = f"worker {me.worker_id!r} could not be claimed in {MAX_CLAIM_TRIES} tries: others go on claiming it at the same time"
+    raise CheckpointStoreError(msg)
+
+
+def claim_record(me: Claimant, loaded: Loaded, number: int, now: float) -> Record:
+    """The record that begins an attempt after what was loaded, or ends the worker when its budget is spent."""
+    head = loaded.head
+    base = Record(
+        kind="claim",
+        number=number,
+        task=me.task,
+        worker_id=me.worker_id,
+        owner=me.owner,
+        saved_at=now,
+        life=1,
+        attempt=1,
+        token=number,
+    )
+    if head is None:
+        return base
+    if head.kind == "end" and (head.outcome is None or head.outcome.status == "completed"):
+        return replace_record(base, life=head.life + 1, predecessor="completed")
+    charged, failures = next_budget(head)
+    crashed = cost_of_crash(head)
+    if crashed:
+        charged += crashed
+        failures = add_failure(failures, _crash(head, loaded.snapshot, now))
+    resumed_s = loaded.snapshot.work_s if loaded.snapshot is not None else 0.0
+    record = replace_record(
+        base,
+        life=head.life,
+        attempt=1 if head.kind == "end" else head.attempt + 1,
+        charged=charged,
+        failures=failures,
+        predecessor="crash" if crashed else (head.ended.cause if head.ended else "failed"),
+        points_to=loaded.holder,
+        saved_s=head.saved_s + resumed_s,
+    )
+    if not exhausted(charged, me.max_failures):
+        return record
+    return replace_record(
+        record,
+        kind="end",
+        attempt=head.attempt,
+        points_to=0,
+        snapshot=loaded.snapshot,
+        saved_s=head.saved_s,
+        outcome=Outcome(status="failed"),
+    )
+
+
+def _crash(head: Record, snapshot: Snapshot | None, now: float) -> FailureRecord:
+    """The failure of an attempt that left no word: known by its last record."""
+    owner = head.owner
+    return FailureRecord(
+        cause="crash",
+        attempt=head.attempt,
+        batch=snapshot.batch if snapshot else 0,
+        node_id=owner.node_id,
+        pid=owner.pid,
+        time=now,
+        position=snapshot.position if snapshot else (),
+    )
+
+
+def replace_record(record: Record, **changes: Any) -> Record:
+    """A copy with some fields changed."""
+    fields = {name: getattr(record, name) for name in record.__struct_fields__}
+    return Record(**{**fields, **changes})
+
+
+def _held(record: Record, numbers: Iterable[int], loaded: Loaded) -> Held:
+    """The log as the one knows it who has just claimed it: of older records only the numbers."""
+    known = dict.fromkeys(numbers, "unknown")
+    known[record.number] = "claim"
+    if record.points_to:
+        known[record.points_to] = "unknown"
+    return Held(
+        owner=record.owner,
+        task=record.task,
+        worker_id=record.worker_id,
+        token=record.number,
+        life=record.life,
+        attempt=record.attempt,
+        charged=record.charged,
+        failures=record.failures,
+        last=record.number,
+        durable=loaded.snapshot if record.points_to else None,
+        saved_s=record.saved_s,
+        known=known,
+    )
+
+
+# --- saving ---------------------------------------------------------------------------------------------------------
+
+
+def save(
+    held: Held,
+    snapshot: Snapshot | None,
+    now: float,
+    *,
+    ended: Ended | None = None,
+    failure: FailureRecord | None = None,
+    outcome: Outcome | None = None,
+) -> Generator[Op, Any, bool]:
+    """Append a save, or with an `outcome` the end. Returns False when a later attempt owns the worker: superseded.
+
+    `snapshot` None repeats the one that is durable. `ended` and `failure` are the note of an attempt that leaves.
+    """
+    charged = held.charged + (1 if ended is not None and ended.charged else 0)
+    failures = add_failure(held.failures, failure) if failure is not None else held.failures
+    snapshot = snapshot if snapshot is not None else held.durable
+    number = held.last + 1
+    record = Record(
+        kind="end" if outcome is not None else "save",
+        number=number,
+        task=held.task,
+        worker_id=held.worker_id,
+        owner=held.owner,
+        saved_at=now,
+        life=held.life,
+        attempt=held.attempt,
+        token=held.token,
+        charged=charged,
+        failures=failures,
+        snapshot=snapshot,
+        ended=ended,
+        outcome=outcome,
+        saved_s=held.saved_s,
+    )
+    if not (yield from _create(number, encode_record(record))):
+        return False
+    held.last, held.durable, held.charged, held.failures = number, snapshot, charged, failures
+    held.known[number] = "save" if outcome is None else "end"
+    return True
+
+
+def retry_record(
+    held: Held,
+    snapshot: Snapshot | None,
+    failure: FailureRecord,
+    now: float,
+) -> Generator[Op, Any, bool]:
+    """Failure, newest snapshot and the claim of the next attempt in one record, before the back-off begins.
+
+    Dying during the wait is then charged to the new attempt. Returns False when superseded.
+    """
+    snapshot = snapshot if snapshot is not None else held.durable
+    number = held.last + 1
+    owner = _next_retry(held.owner)
+    record = Record(
+        kind="claim",
+        number=number,
+        task=held.task,
+        worker_id=held.worker_id,
+        owner=owner,
+        saved_at=now,
+        life=held.life,
+        attempt=held.attempt + 1,
+        token=number,
+        charged=held.charged + 1,
+        failures=add_failure(held.failures, failure),
+        predecessor=failure.cause,
+        snapshot=snapshot,
+        saved_s=held.saved_s + (snapshot.work_s if snapshot else 0.0),
+    )
+    if not (yield from _create(number, encode_record(record))):
+        return False
+    held.last, held.durable, held.owner, held.token = number, snapshot, owner, number
+    held.attempt, held.charged, held.failures, held.saved_s = record.attempt, record.charged, record.failures, record.saved_s
+    held.known[number] = "claim" if snapshot is None else "inline"
+    return True
+
+
+def _next_retry(owner: Owner) -> Owner:
+    fields = {name: getattr(owner, name) for name in owner.__struct_fields__}
+    return Owner(**{**fields, "local_retry": owner.local_retry + 1})
+
+
+def _create(number: int, data: bytes) -> Generator[Op, Any, bool]:
+    """Create a record of ours; False when somebody else's has that number or a higher one.
+
+    "Exists" may be our own write, answered twice. After an unclear reply nothing is created again before a listing shows
+    that nobody is above: retention of a successor may have removed ours, and a second create would be told "durable".
+    """
+    create = True
+    for _ in range(MAX_CREATE_TRIES):
+        if create and (yield Create(number, data)) is Reply.CREATED:
+            return True
+        found = yield Get(number)
+        if found is not None:
+            return bool(found == data)
+        numbers = yield List()
+        if any(other > number for other in numbers):
+            return False
+        create = number not in numbers  # it may have arrived since it was read: then read it again
+    msg = f"the store left {MAX_CREATE_TRIES} tries to create record {number} unanswered; whether it exists is not known"
+    raise AmbiguousReplyError(msg)
+
+
+# --- deleting -------------------------------------------------------------------------------------------------------
+
+
+def superfluous(known: dict[int, str], keep: int) -> list[int]:
+    """Which records may go, oldest first: all but the newest `keep` that hold a state; claims and ends never.
+
+    Counted, not computed from numbers: between two saves there may be any number of claims.
+    """
+    holders = sorted(number for number, kind in known.items() if kind in {"save", "inline", "unknown", "damaged"})
+    valid = [number for number in holders if known[number] != "damaged"]
+    if len(valid) <= max(keep, MIN_KEEP):
+        return []
+    oldest_kept = valid[-max(keep, MIN_KEEP)]
+    return [number for number in holders if number < oldest_kept and known[number] != "inline"]
+
+
+def retain(held: Held, keep: int) -> Generator[Op, Any, None]:
+    """Delete what the newest durable save made superfluous. What another attempt wrote is read first: it may be a claim."""
+    for number in [number for number, kind in held.known.items() if kind == "unknown"]:
+        held.known[number] = yield from _classify(number)
+    for number in superfluous(held.known, keep):
+        yield Delete(number)
+        del held.known[number]
+
+
+def _classify(number: int) -> Generator[Op, Any, str]:
+    """What kind of record somebody else wrote. One that is gone counts as a claim: never to be deleted, holds nothing."""
+    record = yield from _read(number)
+    if not isinstance(record, Record):
+        return "claim" if record == "absent" else record
+    return record.kind if record.kind != "claim" or record.snapshot is None else "inline"

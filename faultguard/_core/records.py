@@ -1,0 +1,166 @@
+"""What a record of a worker's log says, and the envelope that proves that it is whole.
+
+A record is one JSON object, `{"faultguard":1,"sha256":"<of the record's bytes>","record":{...}}`. The checksum is verified
+on the bytes before anything is decoded. State and outcome stay encoded (`msgspec.Raw`): the rules never look into them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Literal
+
+import msgspec
+
+__all__ = [
+    "FORMAT",
+    "MAX_FAILURE_RECORDS",
+    "Ended",
+    "FailureRecord",
+    "Mark",
+    "Outcome",
+    "Owner",
+    "Record",
+    "Snapshot",
+    "decode_record",
+    "encode_record",
+]
+
+FORMAT = 1
+MAX_FAILURE_RECORDS = 100  # unlimited budgets fail without end; the log must not grow with them
+_PREFIX = b'{"faultguard":1,"sha256":"'
+_MIDDLE = b'","record":'
+_DIGEST_LENGTH = 64
+_BODY_START = len(_PREFIX) + _DIGEST_LENGTH + len(_MIDDLE)
+
+
+class FailureRecord(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One charged end of an attempt.
+
+    Attributes:
+        cause: `"exception"`, or `"crash"` for a process that died without a word.
+        attempt: the attempt that failed, counted from 1.
+        batch: batches done in the innermost loop when it failed (for a crash: of the last record it left).
+        message: for an exception its class and text, at most 1000 characters.
+        node_id: Ray's id of the node, hex.
+        pid: the process that failed.
+        time: when it was recorded, seconds since the epoch.
+        position: batches done per loop, outer to inner.
+    """
+
+    cause: str
+    attempt: int
+    batch: int
+    message: str = ""
+    node_id: str = ""
+    pid: int = 0
+    time: float = 0.0
+    position: tuple[int, ...] = ()
+
+
+class Owner(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Who wrote a record: enough to order claims, and to find out on the same host whether the process lives."""
+
+    writer: str
+    task_id: str = ""
+    ray_attempt: int = 0
+    local_retry: int = 0
+    epoch: int = 0
+    node_id: str = ""
+    boot_id: str = ""
+    pid: int = 0
+    start_time: int = 0
+
+
+class Ended(msgspec.Struct, frozen=True):
+    """Note in a save: the attempt left by itself, and whether that was charged to the budget (it is counted already)."""
+
+    cause: str
+    charged: bool
+
+
+class Mark(msgspec.Struct, frozen=True, omit_defaults=True):
+    """How far one loop has come, and what its input looked like."""
+
+    name: str
+    done: int
+    finished: bool = False
+    length: int | None = None
+    last: str | None = None  # fingerprint of the last finished batch
+
+
+class Snapshot(msgspec.Struct, frozen=True):
+    """The state at one batch boundary, encoded. `loops` holds, per depth, the loops that were opened in that scope."""
+
+    state: msgspec.Raw
+    loops: tuple[tuple[Mark, ...], ...] = ()
+    tracked: msgspec.Raw = msgspec.Raw(b"{}")
+    work_s: float = 0.0  # seconds of work behind this state, over all attempts
+
+    @property
+    def position(self) -> tuple[int, ...]:
+        """Batches done per depth in the loop that was open last."""
+        return tuple(scope[-1].done for scope in self.loops if scope)
+
+    @property
+    def batch(self) -> int:
+        """Batches done in the innermost loop."""
+        return self.position[-1] if self.position else 0
+
+
+class Outcome(msgspec.Struct, frozen=True, omit_defaults=True):
+    """How the work ended for good. `value` is the encoded return value; without one it has to be computed again."""
+
+    status: Literal["completed", "failed"]
+    value: msgspec.Raw | None = None
+    message: str = ""
+
+
+class Record(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
+    """One record of a worker's log.
+
+    `charged` and `failures` count the ends of this budget, this record's own `ended` included. `points_to` is, in a claim
+    without a snapshot, the number of the record that holds the state to go on from; 0 says that there is none: fresh.
+    """
+
+    kind: Literal["claim", "save", "end"]
+    number: int
+    task: str
+    worker_id: str
+    owner: Owner
+    saved_at: float
+    life: int
+    attempt: int
+    token: int
+    charged: int = 0
+    failures: tuple[FailureRecord, ...] = ()
+    predecessor: str = ""  # in a claim: how the attempt before it ended
+    points_to: int = 0
+    snapshot: Snapshot | None = None
+    ended: Ended | None = None
+    outcome: Outcome | None = None
+    saved_s: float = 0.0  # seconds of work that resuming has saved so far
+
+
+_encoder = msgspec.json.Encoder()
+_decoder = msgspec.json.Decoder(Record)
+
+
+def encode_record(record: Record) -> bytes:
+    """Put a record into its envelope."""
+    body = _encoder.encode(record)
+    return b"".join((_PREFIX, hashlib.sha256(body).hexdigest().encode(), _MIDDLE, body, b"}"))
+
+
+def decode_record(data: bytes, number: int) -> Record | None:
+    """Take a record out of its envelope; None when it is damaged, of another format, or not record `number`."""
+    body = data[_BODY_START:-1]
+    digest = data[len(_PREFIX) : len(_PREFIX) + _DIGEST_LENGTH]
+    if data[: len(_PREFIX)] != _PREFIX or data[_BODY_START - len(_MIDDLE) : _BODY_START] != _MIDDLE or data[-1:] != b"}":
+        return None
+    if hashlib.sha256(body).hexdigest().encode() != digest:
+        return None
+    try:
+        record = _decoder.decode(body)
+    except (msgspec.DecodeError, msgspec.ValidationError):
+        return None
+    return record if record.number == number else None

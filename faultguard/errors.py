@@ -1,0 +1,216 @@
+"""Every error that faultguard raises on purpose; all of them pickle, all are under `FaultguardError`.
+
+Each says first what was refused, then why, then what to do. They are split by who must act: the caller (`UsageError`), the
+world (`CheckpointStoreError`, ...), or nobody (`SupersededError`: stop, nothing is lost).
+"""
+
+from __future__ import annotations
+
+import traceback
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from faultguard._core.records import FailureRecord
+
+__all__ = [
+    "AmbiguousReplyError",
+    "CheckpointCorruptError",
+    "CheckpointNotSerializableError",
+    "CheckpointStoreError",
+    "DuplicateWorkerError",
+    "FaultguardError",
+    "InputChangedError",
+    "ManagerUnavailableError",
+    "MaxFailuresExceeded",
+    "RunInUseError",
+    "RunMismatchError",
+    "StalledError",
+    "SupersededError",
+    "UsageError",
+]
+
+
+def _rebuild(cls: type[FaultguardError], message: str, attributes: dict[str, Any]) -> FaultguardError:
+    """Make an error again from what `__reduce__` kept, without running the `__init__` of a subclass."""
+    error = cls.__new__(cls, message)
+    Exception.__init__(error, message)
+    error.__dict__.update(attributes)
+    return error
+
+
+class FaultguardError(Exception):
+    """Base of every error of this library.
+
+    Keyword arguments become attributes, and survive pickling.
+    """
+
+    def __init__(self, message: str = "", **attributes: object) -> None:
+        super().__init__(message)
+        self.__dict__.update(attributes)
+
+    def __reduce__(self) -> tuple[Callable[..., FaultguardError], tuple[Any, ...]]:
+        """Pickle by class, text and attributes."""
+        return _rebuild, (type(self), str(self), self.__dict__)
+
+
+class UsageError(FaultguardError):
+    """The caller asked for something that cannot work; the text says what to write instead. Never retried."""
+
+
+class SupersededError(FaultguardError):
+    """A later attempt owns this worker; nothing that this one writes counts. Stop; nothing is lost."""
+
+    worker_id: str
+    token: int
+
+
+class StalledError(FaultguardError):
+    """A batch made no progress for longer than its `stall_timeout`."""
+
+
+class InputChangedError(FaultguardError):
+    """The input of a loop is not the one that the checkpoint was made with."""
+
+    worker_id: str
+    loop: str
+
+
+class CheckpointCorruptError(FaultguardError):
+    """No intact record is left where the log says that there must be one."""
+
+
+class CheckpointNotSerializableError(FaultguardError, TypeError):
+    """The state holds a value that the record format cannot give back exactly; `path` says where. Never retried."""
+
+    path: str
+
+
+class CheckpointStoreError(FaultguardError):
+    """The checkpoint store cannot be read or written."""
+
+
+class AmbiguousReplyError(CheckpointStoreError):
+    """The store did not say whether a create took place; the caller must read back."""
+
+
+class DuplicateWorkerError(FaultguardError):
+    """Another live task holds this worker id."""
+
+    worker_id: str
+
+
+class RunInUseError(FaultguardError):
+    """Another live driver owns the named run."""
+
+
+class RunMismatchError(FaultguardError):
+    """A recorded worker is asked for with other arguments."""
+
+
+class ManagerUnavailableError(FaultguardError):
+    """The `RecoveryManager` actor cannot be reached or speaks another protocol."""
+
+
+class MaxFailuresExceeded(FaultguardError):  # noqa: N818 - the public name is fixed by the contract
+    """The worker failed more often than `max_failures` allows.
+
+    Attributes:
+        failures: every recorded failure of this budget, oldest first.
+        last_exception: the final exception, when it was raised in the process that gave up; else None.
+        poison_batch: the batch at which the last failures in a row happened, or None.
+
+    When `last_exception` is an ordinary exception whose class can be combined with this one, the error raised is an
+    instance of both, so that existing `except` clauses go on working.
+    """
+
+    worker_id: str
+    failures: tuple[FailureRecord, ...] = ()
+    last_exception: Exception | None = None
+    poison_batch: int | None = None
+
+
+def _combined_init(self: MaxFailuresExceeded, message: str = "", **attributes: object) -> None:
+    """Set the text and the attributes; the `__init__` of the user's class has its own idea of arguments."""
+    Exception.__init__(self, message)
+    self.__dict__.update(attributes)
+
+
+def _combined_str(self: MaxFailuresExceeded) -> str:
+    """Our text, whatever the user's class makes of its own arguments."""
+    return str(self.__dict__["text"])
+
+
+def _combined_reduce(self: MaxFailuresExceeded) -> tuple[Callable[..., MaxFailuresExceeded], tuple[Any, ...]]:
+    """Pickle by the user's class, because the combined one cannot be imported."""
+    return _rebuild_combined, (type(self).__mro__[2], str(self), dict(self.__dict__))
+
+
+def _combine(user_class: type[Exception]) -> type[MaxFailuresExceeded] | None:
+    """A class that is both, or None where the two cannot be combined (other layout, final class, own metaclass)."""
+    if user_class is Exception or issubclass(user_class, (FaultguardError, BaseExceptionGroup)):
+        return None
+    namespace = {
+        "__init__": _combined_init,
+        "__str__": _combined_str,
+        "__reduce__": _combined_reduce,
+        "__module__": MaxFailuresExceeded.__module__,
+        "__doc__": MaxFailuresExceeded.__doc__,
+    }
+    try:
+        return type("MaxFailuresExceeded", (MaxFailuresExceeded, user_class), namespace)
+    except TypeError:
+        return None
+
+
+def _rebuild_combined(user_class: type[Exception], message: str, attributes: dict[str, Any]) -> MaxFailuresExceeded:
+    """The other side of `_combined_reduce`; plain where the class no longer combines."""
+    return _make(user_class, message, attributes)
+
+
+def _make(user_class: type[Exception], message: str, attributes: dict[str, Any]) -> MaxFailuresExceeded:
+    combined = _combine(user_class)
+    if combined is not None:
+        try:
+            error = combined.__new__(combined, message)
+            _combined_init(error, message, **{**attributes, "text": message})
+        except Exception:  # noqa: BLE001 - a user class may refuse anything; the plain error says the same
+            return MaxFailuresExceeded(message, **attributes)
+        return error
+    return MaxFailuresExceeded(message, **{k: v for k, v in attributes.items() if k != "text"})
+
+
+def max_failures_exceeded(
+    worker: str,
+    failures: Sequence[FailureRecord],
+    *,
+    max_failures: int,
+    last_exception: Exception | None = None,
+    poison_batch: int | None = None,
+) -> MaxFailuresExceeded:
+    """Build the error that ends a worker, combined with the class of `last_exception` where that is possible."""
+    lines = [
+        f"worker {worker!r} failed {len(failures)} times, max_failures={max_failures} allows "
+        f"{max_failures + 1} attempts. Raise max_failures, or mend the cause; starting it again resumes at the last checkpoint.",
+    ]
+    if poison_batch is not None:
+        lines.append(f"  the last failures were all at batch {poison_batch}: look at that input")
+    lines.extend(
+        f"  attempt {f.attempt} at batch {f.batch} on node {f.node_id[:8] or '?'} pid {f.pid}: {f.cause}"
+        f"{': ' + f.message if f.message else ''}"
+        for f in failures
+    )
+    if last_exception is not None:
+        lines.append("")
+        lines.append("".join(traceback.format_exception(last_exception)).rstrip())
+    message = "\n".join(lines)
+    attributes = {
+        "worker_id": worker,
+        "failures": tuple(failures),
+        "last_exception": last_exception,
+        "poison_batch": poison_batch,
+    }
+    if isinstance(last_exception, Exception):
+        return _make(type(last_exception), message, attributes)
+    return MaxFailuresExceeded(message, **attributes)
