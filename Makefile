@@ -20,7 +20,7 @@ venv: $(STAMP) ## make .venv with the package (editable) and all tools
 $(STAMP): pyproject.toml
 	@$(call check_python)
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --quiet --upgrade "pip>=22.3"
+	$(RUN) -m pip install --quiet "pip>=22.3"
 	$(RUN) -m pip install --quiet --editable ".[dev]"
 	@touch $@
 
@@ -55,7 +55,7 @@ test-lowest: ## run the tests without a cluster, then the demo, with the oldest 
 	$(PYTHON) -m venv --clear $(VENV_LOWEST)
 	sed -n '/^dependencies = \[/,/^test = \[/s/^ *"\([a-z0-9-]*\)>=\([0-9.]*\)".*/\1==\2/p' pyproject.toml > $(VENV_LOWEST)/constraints.txt
 	grep '^ray==' $(VENV_LOWEST)/constraints.txt
-	$(VENV_LOWEST)/bin/python -m pip install --quiet --upgrade "pip>=22.3"
+	$(VENV_LOWEST)/bin/python -m pip install --quiet "pip>=22.3"
 	$(VENV_LOWEST)/bin/python -m pip install --quiet --constraint $(VENV_LOWEST)/constraints.txt --editable ".[cli,cloud,dashboard,test]"
 	$(VENV_LOWEST)/bin/python -m pytest -m "not ray" $(ARGS)
 	$(VENV_LOWEST)/bin/python examples/train_digits.py --demo

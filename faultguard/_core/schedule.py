@@ -1,11 +1,12 @@
 """When to encode a snapshot and when to write it: pure arithmetic on measured costs, time is a parameter.
 
-Encoding a snapshot happens on the user's thread, so it may take at most one part in a hundred of it. Writing happens beside
-it, bounded by `every`: by cost (auto), by batches, or by time.
+Encoding a snapshot happens on the user's thread, so its share of the time is bounded. Writing happens beside it, bounded by
+`every`: by cost (auto), by batches, or by time.
 """
 
 from __future__ import annotations
 
+import math
 from datetime import timedelta
 from typing import TYPE_CHECKING, Literal
 
@@ -14,10 +15,11 @@ from faultguard.errors import UsageError
 if TYPE_CHECKING:
     from faultguard._core.records import Snapshot
 
-__all__ = ["Every", "Schedule", "check_every", "snapshot_to_flush"]
+__all__ = ["NOW", "Every", "Schedule", "check_every", "snapshot_to_flush"]
 
 Every = Literal["auto"] | int | timedelta
-COST_SHARE = 0.01
+COST_SHARE = 0.004  # for encoding, and again for writing: with beats and bookkeeping together below one part in a hundred
+NOW = -math.inf
 SMOOTHING = 0.3  # of the newest measurement; one slow write must not silence the next hundred
 MAX_AUTO_INTERVAL_S = 60.0  # however slow the store looks, at least one write a minute
 
@@ -39,47 +41,60 @@ def check_every(every: object) -> Every:
 
 
 class Schedule:
-    """Decides at boundaries. `snapshot_at` is read by the loop itself: before that moment nothing has to be asked."""
+    """Decides at boundaries.
 
-    __slots__ = ("_encode_cost", "_every", "_interval", "_last_write", "_min_interval", "_write_cost", "snapshot_at", "snapshot_done")
+    `look_at` is read by the loop itself: before that moment (monotonic seconds) nothing has to be asked. Anything that the
+    loop must learn soon sets it to `NOW`.
+    """
+
+    __slots__ = ("_batches", "_encode_cost", "_every", "_interval", "_last_write", "_min_interval", "_snapshot_at", "_write_cost", "look_at")
 
     def __init__(self, every: Every, now: float, min_interval_s: float = 0.0) -> None:
-        self._every = every
-        self._min_interval = min_interval_s
+        self._every = every if isinstance(every, int) else 0
         self._interval = every.total_seconds() if isinstance(every, timedelta) else None
+        self._min_interval = min_interval_s
         self._encode_cost = 0.0
         self._write_cost = 0.0
         self._last_write = now
-        self.snapshot_at = now  # the first boundary shows whether the state can be saved at all
-        self.snapshot_done = every if isinstance(every, int) else 0  # batches until a write is due whatever the time
+        self._batches = 0  # since a write was due by their number
+        self._snapshot_at = now  # the first boundary shows whether the state can be saved at all
+        self.look_at = NOW
 
-    def encoded(self, now: float, cost_s: float) -> None:
-        """A snapshot was taken and took `cost_s` of the user's thread."""
+    def boundary(self, now: float, batches: int = 1) -> bool:
+        """`batches` more are done: whether to encode a snapshot."""
+        self._batches += batches
+        take = now >= self._snapshot_at or bool(self._every and self._batches >= self._every)
+        self._look()
+        return take
+
+    def encoded(self, now: float, cost_s: float) -> float:
+        """A snapshot was taken and took `cost_s` of the user's thread. Returns when to write it; infinity: not by itself."""
         self._encode_cost = _smooth(self._encode_cost, cost_s)
-        self.snapshot_at = now + self._encode_cost / COST_SHARE
-        if self._interval is not None:
-            due = self.write_due(now)
-            if now < due < self.snapshot_at:
-                self.snapshot_at = due
+        self._snapshot_at = now + self._encode_cost / COST_SHARE
+        due = self._write_due(now)
+        if self._interval is not None and now < due:
+            self._snapshot_at = min(self._snapshot_at, due)
+        self._look()
+        return due
 
     def written(self, now: float, cost_s: float) -> None:
-        """A write ended and took `cost_s` of processor time, all threads together."""
+        """A write ended and took `cost_s` of processor time."""
         self._write_cost = _smooth(self._write_cost, cost_s)
         self._last_write = now
 
-    def write_due(self, now: float) -> float:
-        """From which moment on the newest snapshot is to be written; for `every=<batches>` the moment is when it is taken."""
-        if isinstance(self._every, int):
+    def _write_due(self, now: float) -> float:
+        if self._every:
+            if self._batches < self._every:
+                return math.inf
+            self._batches = 0
             return now
         if self._interval is not None:
             return self._last_write + self._interval
-        auto = min((self._write_cost + self._encode_cost) / COST_SHARE, MAX_AUTO_INTERVAL_S)
+        auto = min(self._write_cost / COST_SHARE, MAX_AUTO_INTERVAL_S)
         return self._last_write + max(auto, self._min_interval)
 
-    @property
-    def batches(self) -> int:
-        """Every how many batches a write is due; 0 when that depends on time."""
-        return self._every if isinstance(self._every, int) else 0
+    def _look(self) -> None:
+        self.look_at = NOW if self._every else self._snapshot_at
 
 
 def snapshot_to_flush(newest: Snapshot | None, durable: Snapshot | None) -> Snapshot | None:

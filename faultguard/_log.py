@@ -1,0 +1,77 @@
+"""A worker's log on a real store: carries out what the rules in `_core.log` ask for, and decides nothing."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from faultguard._core.log import Create, Delete, Get, List, Op, Reply
+from faultguard._core.names import record_name, record_number
+from faultguard._core.records import decode_record
+from faultguard.errors import AmbiguousReplyError
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
+
+    from faultguard._core.records import Record
+    from faultguard.storage import Store
+
+__all__ = ["StoredLog"]
+
+Result = TypeVar("Result")
+
+
+class StoredLog:
+    """The log of one worker.
+
+    Args:
+        store: where it lies.
+        prefix: its folder there, ending in "/".
+    """
+
+    def __init__(self, store: Store, prefix: str) -> None:
+        self.store = store
+        self.prefix = prefix
+
+    def path(self, number: int) -> str:
+        """Where a record is, for people."""
+        return f"{self.store.url}/{self.prefix}{record_name(number)}"
+
+    def run(self, procedure: Generator[Op, Any, Result]) -> Result:
+        """Carry out a procedure of the rules to its end."""
+        try:
+            op = next(procedure)
+            while True:
+                op = procedure.send(self._perform(op))
+        except StopIteration as stop:
+            result: Result = stop.value
+            return result
+
+    def newest(self) -> Record | None:
+        """The newest intact record; None when there is none."""
+        for number in reversed(self._numbers()):
+            data = self.store.get(self.prefix + record_name(number))
+            if data is not None and (record := decode_record(data, number)) is not None:
+                return record
+        return None
+
+    def _perform(self, op: Op) -> object:
+        match op:
+            case Create(number, data):
+                return self._create(number, data)
+            case Get(number):
+                return self.store.get(self.prefix + record_name(number))
+            case List():
+                return self._numbers()
+            case Delete(number):
+                self.store.delete(self.prefix + record_name(number))
+                return None
+
+    def _create(self, number: int, data: bytes) -> Reply:
+        try:
+            return Reply.CREATED if self.store.create(self.prefix + record_name(number), data) else Reply.EXISTS
+        except AmbiguousReplyError:
+            return Reply.AMBIGUOUS
+
+    def _numbers(self) -> list[int]:
+        names = (key[len(self.prefix) :] for key in self.store.list(self.prefix))
+        return [number for name in names if (number := record_number(name)) is not None]

@@ -1,0 +1,159 @@
+"""Everything that faultguard asks of Ray beyond `.remote()`; all private Ray APIs live here.
+
+Facts behind it were measured on Ray 2.60 and are pinned by `tests/test_ray_facts.py`.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import ray
+
+from faultguard.errors import UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = [
+    "NAMESPACE",
+    "Identity",
+    "function_and_options",
+    "identity",
+    "is_actor_class",
+    "is_driver",
+    "is_options_wrapper",
+    "is_ready",
+    "is_ref",
+    "is_remote_function",
+    "job_is_over",
+    "kv_get",
+    "kv_put",
+    "release_cpu_until",
+    "session_dir",
+    "was_terminated",
+]
+
+NAMESPACE = "faultguard"
+_KV_NAMESPACE = b"faultguard"
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """What Ray calls the work of this thread. Only right on the thread that runs the task: capture it there."""
+
+    job_id: str
+    node_id: str
+    task_id: str
+    attempt: int
+    task_name: str
+    function_name: str
+
+
+def is_ready() -> bool:
+    """Whether this process is connected to Ray."""
+    return bool(ray.is_initialized())
+
+
+def is_driver() -> bool:
+    """Whether this process is a driver, not a worker of Ray's."""
+    return bool(ray._private.worker.global_worker.mode != ray._private.worker.WORKER_MODE)  # noqa: SLF001 - no public name
+
+
+def identity() -> Identity:
+    """The identity of the running task, or of the driver (attempt 0)."""
+    context = ray.get_runtime_context()
+    worker = ray._private.worker.global_worker  # noqa: SLF001 - the attempt number has no public name
+    in_task = worker.mode == ray._private.worker.WORKER_MODE  # noqa: SLF001
+    return Identity(
+        job_id=context.get_job_id(),
+        node_id=context.get_node_id(),
+        task_id=(context.get_task_id() if in_task else None) or f"driver-{context.get_worker_id()}",
+        attempt=worker.core_worker.get_current_task_attempt_number() if in_task else 0,
+        task_name=(context.get_task_name() if in_task else None) or "driver",
+        function_name=(context.get_task_function_name() if in_task else None) or "",
+    )
+
+
+def kv_put(key: str, value: bytes) -> None:
+    """Put a value into the cluster's key-value store, over an older one."""
+    from ray.experimental.internal_kv import _internal_kv_put
+
+    _internal_kv_put(key.encode(), value, overwrite=True, namespace=_KV_NAMESPACE)
+
+
+def kv_get(key: str) -> bytes | None:
+    """A value from the cluster's key-value store."""
+    from ray.experimental.internal_kv import _internal_kv_get
+
+    value: bytes | None = _internal_kv_get(key.encode(), namespace=_KV_NAMESPACE)
+    return value
+
+
+def session_dir() -> str:
+    """Ray's directory for logs and sockets of all its sessions on this node; empty when not connected."""
+    if not is_ready():
+        return ""
+    return str(ray.get_runtime_context().get_temp_dir()) if hasattr(ray.get_runtime_context(), "get_temp_dir") else ""
+
+
+def job_is_over(job_id: str) -> bool:
+    """Whether Ray's job table says that the job has ended. A job that the table does not know is not over."""
+    jobs = ray._private.state.jobs()  # noqa: SLF001 - the public State API needs the dashboard
+    return any(job["JobID"] == job_id and bool(job["IsDead"]) for job in jobs)
+
+
+def is_remote_function(candidate: object) -> bool:
+    """Whether it is what `@ray.remote` makes of a function."""
+    return isinstance(candidate, ray.remote_function.RemoteFunction)
+
+
+def is_actor_class(candidate: object) -> bool:
+    """Whether it is what `@ray.remote` makes of a class."""
+    return isinstance(candidate, ray.actor.ActorClass)
+
+
+def is_options_wrapper(candidate: object) -> bool:
+    """Whether it is what `.options()` of a remote function gives: the function cannot be got back from it."""
+    return type(candidate).__name__ == "FuncWrapper"
+
+
+def is_ref(candidate: object) -> bool:
+    """Whether Ray must see this argument itself: a reference to an object or an actor."""
+    return isinstance(candidate, (ray.ObjectRef, ray.actor.ActorHandle, ray.ObjectRefGenerator))
+
+
+def function_and_options(remote_function: Any) -> tuple[Callable[..., Any], dict[str, Any]]:
+    """The function under `@ray.remote` and the options given there."""
+    function: Callable[..., Any] = remote_function._function  # noqa: SLF001 - no public name
+    options: dict[str, Any] = dict(remote_function._default_options)  # noqa: SLF001
+    return function, options
+
+
+def options_at_submission(invocation: Callable[..., Any]) -> dict[str, Any] | None:
+    """Ray's `max_retries` as it stands in the call that `__ray_invocation_decorator__` wraps; None where it cannot be read."""
+    import inspect
+
+    try:
+        variables = inspect.getclosurevars(invocation).nonlocals
+    except (TypeError, ValueError):
+        return None
+    return variables if "max_retries" in variables else None
+
+
+def was_terminated(error: SystemExit) -> bool:
+    """Whether Ray raised this `SystemExit` because the process got SIGTERM, not the user's code."""
+    return "ray_terminate_msg" in vars(error)
+
+
+def release_cpu_until(ref: Any, deadline: float) -> None:
+    """Block in `ray.get` on the main thread of a task until the deadline (monotonic), so that Ray lends its CPU to others."""
+    ray.wait([ref], timeout=max(deadline - time.monotonic(), 0.0))
+
+
+def refuse_client_mode() -> None:
+    """Refuse a `ray://` connection, where the driver is not on the cluster."""
+    if ray.util.client.ray.is_connected():
+        msg = "faultguard does not work through a ray:// connection yet; submit the script as a job, or start it on a node of the cluster"
+        raise UsageError(msg)

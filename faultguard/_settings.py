@@ -1,0 +1,212 @@
+"""What the driver decided for all its tasks: the run, the store, the limits.
+
+They travel with every task that our `.remote()` submits, and for all other tasks in the cluster's key-value store under the
+job id. Each process opens the store as it sees it and compares the store's id: a directory that is not the same on all
+nodes is an error, never a fresh start.
+"""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import os
+import secrets
+import sys
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from faultguard import _ray
+from faultguard._core.names import encode_name
+from faultguard.errors import CheckpointStoreError, UsageError
+from faultguard.storage import Store, open_store, store_id
+
+__all__ = ["Settings", "checked_store", "decode_settings", "default_settings", "settings_of_job", "publish"]
+
+PROTOCOL = 1
+_KV_KEY = "settings:{protocol}:{job_id}"
+
+
+class Settings(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Settings of a run. Times in seconds. `run` is the name of the run's folder in the store."""
+
+    run: str
+    checkpoint_dir: str
+    store_id: str
+    job_id: str
+    max_failures: int = 3
+    heartbeat_interval: float = 5.0
+    heartbeat_timeout: float = 60.0
+    check_args: bool = True
+    progress: bool = True
+
+    def encode(self) -> bytes:
+        """As JSON."""
+        return msgspec.json.encode(self)
+
+    def log_prefix(self, task: str, worker_id: str) -> str:
+        """Where the log of a worker lies in the store; ends in "/"."""
+        return f"{encode_name(self.run)}/{encode_name(task)}/{encode_name(worker_id)}/"
+
+
+def decode_settings(data: bytes) -> Settings:
+    """The settings that came with a task."""
+    return msgspec.json.decode(data, type=Settings)
+
+
+def settings_of_job() -> Settings | None:
+    """The settings that the driver of this job published; None when it published none."""
+    data = _ray.kv_get(_KV_KEY.format(protocol=PROTOCOL, job_id=_ray.identity().job_id))
+    return decode_settings(data) if data is not None else None
+
+
+def publish(settings: Settings) -> None:
+    """Let the tasks of this job find their settings."""
+    _ray.kv_put(_KV_KEY.format(protocol=PROTOCOL, job_id=settings.job_id), settings.encode())
+
+
+_OPTIONS: dict[str, tuple[type, Any]] = {
+    "max_failures": (int, 3),
+    "heartbeat_interval": (float, 5.0),
+    "heartbeat_timeout": (float, 60.0),
+    "check_args": (bool, True),
+    "progress": (bool, True),
+}
+
+
+def option(name: str, given: Any) -> Any:
+    """The value of an option of `init`: the argument, else `FAULTGUARD_<NAME>`, else the default.
+
+    Raises:
+        UsageError: the value is not one that the option takes.
+    """
+    kind, default = _OPTIONS[name]
+    variable = f"FAULTGUARD_{name.upper()}"
+    text = os.environ.get(variable)
+    if given is None and text is None:
+        return default
+    source = name if given is not None else variable
+    value = given if given is not None else _parse(kind, source, str(text))
+    return check_option(name, value, source)
+
+
+def check_option(name: str, value: Any, source: str) -> Any:
+    """A value that an option takes, or a `UsageError` that says what it takes."""
+    if name == "max_failures":
+        return check_max_failures(value, source)
+    if name in {"heartbeat_interval", "heartbeat_timeout"}:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 86_400:
+            msg = f"{source}={value!r} is refused; it takes seconds, more than 0 and less than a day"
+            raise UsageError(msg)
+        return float(value)
+    if not isinstance(value, bool):
+        msg = f"{source}={value!r} is refused; it takes True or False"
+        raise UsageError(msg)
+    return value
+
+
+def check_max_failures(value: Any, source: str = "max_failures") -> int:
+    """How many failures are survived.
+
+    Raises:
+        UsageError: it is not an int, or below -1.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < -1:
+        msg = f"{source}={value!r} is refused; it takes the number of failures to survive: 0 for none, -1 for any number"
+        raise UsageError(msg)
+    return value
+
+
+def _parse(kind: type, source: str, text: str) -> Any:
+    try:
+        if kind is bool:
+            return {"1": True, "true": True, "0": False, "false": False}[text.lower()]
+        return kind(text)
+    except (KeyError, ValueError):
+        msg = f"{source}={text!r} in the environment is refused; it takes a value of type {kind.__name__}"
+        raise UsageError(msg) from None
+
+
+def new_settings(checkpoint_dir: str | os.PathLike[str] | None, **options: Any) -> Settings:
+    """Settings of a new unnamed run of this driver; makes and tests its store.
+
+    Raises:
+        UsageError: an option, or the place of the checkpoints, cannot work.
+        CheckpointStoreError: the store cannot be written.
+    """
+    values = {name: option(name, options.get(name)) for name in _OPTIONS}
+    if values["heartbeat_timeout"] <= values["heartbeat_interval"]:
+        msg = (
+            f"heartbeat_timeout={values['heartbeat_timeout']} must be more than heartbeat_interval={values['heartbeat_interval']}; "
+            f"the usual factor is 10"
+        )
+        raise UsageError(msg)
+    directory = resolve_checkpoint_dir(checkpoint_dir)
+    store = open_store(directory)
+    now = datetime.datetime.now().astimezone()
+    return Settings(
+        run=f"unnamed-{now:%Y%m%dT%H%M%S}-{secrets.token_hex(3)}",
+        checkpoint_dir=directory,
+        store_id=store_id(store),
+        job_id=_ray.identity().job_id,
+        **values,
+    )
+
+
+def default_settings() -> Settings:
+    """Settings of a driver that did not call `init`."""
+    return new_settings(None)
+
+
+def resolve_checkpoint_dir(given: str | os.PathLike[str] | None) -> str:
+    """The place of the checkpoints, absolute on this machine.
+
+    Raises:
+        UsageError: it lies where Ray keeps its sessions, and would be cleaned away with them.
+    """
+    chosen = given if given is not None else os.environ.get("FAULTGUARD_CHECKPOINT_DIR", "checkpoints")
+    text = os.fspath(chosen)
+    if not isinstance(text, str) or not text:
+        msg = f"checkpoint_dir={chosen!r} is refused; it takes a directory, such as checkpoint_dir='/shared/checkpoints'"
+        raise UsageError(msg)
+    if "://" in text:
+        return text
+    path = Path(text).expanduser().resolve()
+    if any(part.startswith("session_") and _is_ray_session(path, index) for index, part in enumerate(path.parts)):
+        msg = (
+            f"checkpoint_dir={text!r} is {path}, inside a session directory of Ray (`ray job submit` runs scripts there), which goes "
+            f"with the cluster; give an absolute path outside of it"
+        )
+        raise UsageError(msg)
+    return str(path)
+
+
+def _is_ray_session(path: Path, index: int) -> bool:
+    """Whether `path.parts[index]` is a session directory of Ray."""
+    session = Path(*path.parts[: index + 1])
+    return (session / "sockets").exists() or (session / "runtime_resources").exists() or path.parts[index] == "session_latest"
+
+
+def checked_store(settings: Settings) -> Store:
+    """The run's store as this process sees it; the same object every time.
+
+    Raises:
+        CheckpointStoreError: it is not the store that the driver chose.
+    """
+    return _checked_store(settings.checkpoint_dir, settings.store_id)
+
+
+@functools.lru_cache(maxsize=16)
+def _checked_store(checkpoint_dir: str, expected: str) -> Store:
+    store = open_store(checkpoint_dir, create=False)
+    found = store_id(store, create=False)
+    if found != expected:
+        what = "does not exist or is empty" if found is None else f"is another store (id {found[:8]}, expected {expected[:8]})"
+        node = f" (python {sys.version_info[0]}.{sys.version_info[1]}, pid {os.getpid()})"
+        msg = (
+            f"the checkpoint store {store.url} of the driver {what} on this node{node}: the directory is not shared between the nodes. "
+            f"Give checkpoint_dir a path on a file system that all nodes share, or an object store, or use one node"
+        )
+        raise CheckpointStoreError(msg)
+    return store

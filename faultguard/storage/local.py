@@ -1,0 +1,530 @@
+"""Checkpoints on a disk: immutable files, created if absent, and durable before anybody is told that they are there.
+
+The order is the whole point::
+
+    parents durable -> write a file without a name -> fsync it -> link (fails if the name exists) -> fsync the directory
+
+* A name appears only after its content is durable, so that no reader, and no crash, ever sees half a record.
+* A record appears only after every directory above it is durable, so that one fsync of its own directory makes it safe.
+* Whoever is told "it is there" is told so after an fsync of the directory. Without it, a claim could survive a power cut
+  while the save that it points at, whose writer died between link and fsync, did not: entries of a directory reach the
+  disk one by one.
+"""
+# ruff: noqa: PTH - this module is a sequence of system calls, with file descriptors and `dir_fd`, which pathlib does not have
+
+from __future__ import annotations
+
+import errno
+import functools
+import itertools
+import os
+import re
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from faultguard._core.names import check_key, check_prefix
+from faultguard.errors import AmbiguousReplyError, CheckpointStoreError, UsageError
+
+if TYPE_CHECKING:
+    import builtins
+    from collections.abc import Callable
+
+__all__ = ["LocalStore", "step_hook"]
+
+UNSAFE_VARIABLE: Final = "FAULTGUARD_UNSAFE_FILESYSTEM"
+_DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY
+_NEW_FILE: Final = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+_MAX_TRIES: Final = 100  # of a create whose directory is removed under it again and again
+_MAX_SETTLED: Final = 10_000
+_LEFTOVER_AGE_S: Final = 86_400.0
+_NO_TMPFILE: Final = frozenset({errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOSYS})
+_NO_HARD_LINKS: Final = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK})
+# A link that failed so surely made nothing. After any other error (EIO, ETIMEDOUT, EINTR, ESTALE, ...) a server may have.
+_SURELY_NOT: Final = _NO_HARD_LINKS | {
+    errno.EACCES,
+    errno.EDQUOT,
+    errno.ENAMETOOLONG,
+    errno.ENOENT,
+    errno.ENOSPC,
+    errno.ENOTDIR,
+    errno.EROFS,
+    errno.EXDEV,
+}
+
+step_hook: Callable[[str, str], None] | None = None
+"""Called with the name of a step and the key; tests and chaos runs die there."""
+
+
+def _step(name: str, key: str) -> None:
+    if step_hook is not None:
+        step_hook(name, key)
+
+
+@dataclass(frozen=True, slots=True)
+class _Witness:
+    """A record made by this process; while it is there, the directories above it are the ones that were made durable.
+
+    (device, inode) of the directory itself would not do: ext4 gives the inode number of a removed directory to the next one.
+    """
+
+    path: str
+    device: int
+    inode: int
+    mtime_ns: int
+
+    def is_there(self) -> bool:
+        try:
+            found = os.stat(self.path)
+        except OSError:
+            return False
+        return (found.st_ino, found.st_mtime_ns, found.st_dev) == (self.inode, self.mtime_ns, self.device)
+
+
+class LocalStore:
+    """A `Store` in a directory, on a local disk or on one that several nodes share (NFS).
+
+    Holds no file open between calls; may be used by several threads, and after a fork.
+    """
+
+    def __init__(self, root: str, *, tmpfile: bool = True) -> None:
+        """Take `root` as it is; `open` also looks whether it can be trusted.
+
+        Args:
+            root: absolute path of a directory that exists.
+            tmpfile: False: do not try files without a name (`O_TMPFILE`), which most network file systems do not have.
+        """
+        self.url = root
+        self._root = os.path.realpath(root)
+        self._tmpfile = tmpfile
+        self._unsafe = os.environ.get(UNSAFE_VARIABLE) == "1"
+        self._settled: dict[str, _Witness] = {}
+
+    @classmethod
+    def open(cls, root: str, *, create: bool) -> LocalStore:
+        """Open `root`; with `create` make it, and try whether it keeps its promises.
+
+        Raises:
+            UsageError: the file system cannot be trusted, and `FAULTGUARD_UNSAFE_FILESYSTEM=1` is not set.
+            CheckpointStoreError: it is not there, or cannot be written.
+        """
+        store = cls(root)
+        kind = _file_system(store._root)
+        if kind.startswith("fuse") and not store._unsafe:
+            raise _untrusted(root, f"it is on a FUSE mount ({kind}), most of which do not make durable what they say is")
+        try:
+            if create:
+                os.makedirs(store._root, exist_ok=True)
+                store._probe()
+            else:
+                store._check_root()
+        except OSError as error:
+            raise store._failure("opened", root, error) from error
+        return store
+
+    def create(self, key: str, data: bytes) -> bool:
+        """See `Store.create`."""
+        path = f"{self._root}/{check_key(key)}"
+        directory, _, name = path.rpartition("/")
+        try:
+            for _ in range(_MAX_TRIES):
+                try:
+                    return self._create(directory, name, key, data)
+                except FileNotFoundError:  # not made yet, or a `delete` of its last key took it away before the link
+                    self._make(directory)
+            raise FileNotFoundError(errno.ENOENT, f"its directory was removed {_MAX_TRIES} times while it was written", path)
+        except OSError as error:
+            self._prune(directory)
+            raise self._failure("created", path, error) from error
+
+    def get(self, key: str) -> bytes | None:
+        """See `Store.get`."""
+        path = f"{self._root}/{check_key(key)}"
+        try:
+            try:
+                data = Path(path).read_bytes()
+                _fsync_directory(path.rpartition("/")[0])
+            except (FileNotFoundError, NotADirectoryError):
+                self._check_root()
+                return None
+        except OSError as error:
+            raise self._failure("read", path, error) from error
+        return data
+
+    def list(self, prefix: str, start_after: str = "") -> builtins.list[str]:
+        """See `Store.list`."""
+        keys: list[str] = []
+        pending = [check_prefix(prefix)]
+        try:
+            while pending:
+                found, inner = self._scan(pending.pop(), start_after)
+                keys += found
+                pending += inner
+            if not keys:
+                self._check_root()
+        except OSError as error:
+            raise self._failure("listed", f"{self._root}/{prefix}", error) from error
+        return sorted(keys)
+
+    def delete(self, key: str) -> None:
+        """See `Store.delete`."""
+        path = f"{self._root}/{check_key(key)}"
+        _step("before_delete", key)
+        try:
+            os.unlink(path)
+        except (FileNotFoundError, NotADirectoryError):
+            pass
+        except OSError as error:
+            raise self._failure("deleted", path, error) from error
+        _step("after_delete", key)
+        self._prune(path.rpartition("/")[0])
+
+    # -- create, step by step
+
+    def _create(self, directory: str, name: str, key: str, data: bytes) -> bool:
+        # Everything below is done in this very directory, not in whatever has its name a moment later: once it is removed,
+        # the link fails with ENOENT, even if another process has made it anew.
+        directory_fd = os.open(directory, _DIRECTORY)
+        try:
+            settled = self._settle(directory, directory_fd)
+            created, found = self._write_and_link(directory_fd, name, key, data)
+            _step("before_dir_fsync", key)
+            try:
+                # Also if the key exists: its writer may have died before it did this, and our caller goes by what is there.
+                os.fsync(directory_fd)
+            except OSError as error:
+                self._settled.pop(directory, None)  # the next create here starts with an fsync, and fails if that does
+                if not created:
+                    raise
+                raise self._ambiguous(f"{directory}/{name}", "its directory could not be made durable", error) from error
+        finally:
+            _close(directory_fd)
+        if created:
+            witness = _Witness(f"{directory}/{name}", found.st_dev, found.st_ino, found.st_mtime_ns)
+            for each in settled:
+                self._settled[each] = witness
+        return created
+
+    def _write_and_link(self, directory_fd: int, name: str, key: str, data: bytes) -> tuple[bool, os.stat_result]:
+        """Give durable content its name: whether this call did, and the file."""
+        fd, temporary = self._open_temporary(directory_fd)
+        try:
+            _write(fd, data)
+            # If this fails, the kernel may have dropped the data and will call the next fsync of this file a success: the
+            # file is thrown away, and a caller that tries again gets another one.
+            os.fsync(fd)
+            _step("before_link", key)
+            created = self._link(fd, temporary, directory_fd, name)
+            _step("after_link", key)
+            return created, os.fstat(fd)
+        finally:
+            _close(fd)
+            if temporary is not None:
+                _unlink(temporary, directory_fd)
+
+    def _open_temporary(self, directory_fd: int) -> tuple[int, str | None]:
+        """Open a file without a name (it goes with its writer), or a temporary one where the file system has no such thing."""
+        if self._tmpfile:
+            try:
+                return os.open(".", os.O_TMPFILE | os.O_WRONLY, 0o666, dir_fd=directory_fd), None
+            except OSError as error:
+                if error.errno not in _NO_TMPFILE:
+                    raise
+                self._tmpfile = False
+        temporary = _temporary_name()
+        return os.open(temporary, _NEW_FILE, 0o666, dir_fd=directory_fd), temporary
+
+    def _link(self, fd: int, temporary: str | None, directory_fd: int, name: str) -> bool:
+        """Link the file as `name`: False if there is one. This is where exactly one of several writers wins."""
+        links = 1 if temporary is None else 2
+        source = temporary or f"/proc/self/fd/{fd}"
+        try:
+            # With a dir_fd Python calls linkat(AT_SYMLINK_FOLLOW); link() would link the symlink in /proc.
+            os.link(source, name, src_dir_fd=directory_fd, dst_dir_fd=directory_fd, follow_symlinks=True)
+        except OSError as error:
+            if os.fstat(fd).st_nlink == links:  # NFS: done, but the reply was lost, and the client's second try failed
+                return True
+            if error.errno == errno.EEXIST:
+                return False
+            if self._try_otherwise(error, temporary, directory_fd):
+                raise FileNotFoundError(errno.ENOENT, "once more, in another way", name) from error
+            if temporary is not None and error.errno in _NO_HARD_LINKS and self._unsafe:
+                return _rename(temporary, name, directory_fd)
+            if error.errno in _SURELY_NOT:
+                raise
+            raise self._ambiguous(name, "the file system did not say whether it was linked", error) from error
+        if os.fstat(fd).st_nlink != links:  # NFS says "done" and did not, or somebody has deleted the record already
+            gone = OSError(errno.ENOLINK, "linked, but not there")
+            raise self._ambiguous(name, "the file system linked it, but it is not there", gone)
+        return True
+
+    def _try_otherwise(self, error: OSError, temporary: str | None, directory_fd: int) -> bool:
+        """After a link of a nameless file failed: whether a named one may do (no /proc here, or a file system without this)."""
+        if temporary is not None or error.errno not in {errno.ENOENT, errno.EXDEV, *_NO_HARD_LINKS}:
+            return False
+        if not os.fstat(directory_fd).st_nlink:  # the directory was removed: an ordinary ENOENT
+            return False
+        self._tmpfile = False
+        return True
+
+    # -- directories
+
+    def _settle(self, directory: str, directory_fd: int) -> builtins.list[str]:
+        """Make the entries of `directory` and its parents durable, once per process: whoever made them may have died before it did.
+
+        Returns:
+            The directories that are durable as long as the record that is made now is there.
+        """
+        if self._is_settled(directory):
+            return [directory]
+        if _remove_leftovers(os.listdir(directory_fd), directory_fd):
+            os.fsync(directory_fd)
+        if len(self._settled) >= _MAX_SETTLED:
+            self._settled.clear()
+        path, settled = directory, [directory]
+        while path != self._root:
+            path = path.rpartition("/")[0]
+            _fsync_directory(path)
+            if self._is_settled(path):
+                return settled
+            settled.append(path)
+        _fsync_above(self._root)
+        return settled
+
+    def _is_settled(self, directory: str) -> bool:
+        witness = self._settled.get(directory)
+        return witness is not None and witness.is_there()
+
+    def _make(self, directory: str) -> None:
+        """Make `directory`, but never the root: a root that is gone is an unmounted disk or a removed store, not a new one."""
+        self._check_root()
+        with suppress(FileNotFoundError, FileExistsError):  # raced with a `_prune`; the next try of `create` sees
+            os.makedirs(directory, exist_ok=True)
+
+    def _check_root(self) -> None:
+        """A store that is not there is not an empty one: a worker would start from zero, in another place."""
+        if not os.path.isdir(self._root):
+            raise FileNotFoundError(errno.ENOENT, "the checkpoint directory is not there", self._root)
+
+    def _prune(self, directory: str) -> None:
+        """Remove `directory` and its parents as far as they are empty, the root excepted."""
+        while directory != self._root:
+            try:
+                os.rmdir(directory)
+            except FileNotFoundError:
+                pass
+            except OSError:  # not empty, mostly; at any rate only tidiness is lost
+                return
+            directory = directory.rpartition("/")[0]
+
+    def _scan(self, prefix: str, start_after: str) -> tuple[builtins.list[str], builtins.list[str]]:
+        """Return the keys directly under `prefix`, made durable, and the prefixes below it."""
+        try:
+            directory_fd = os.open(f"{self._root}/{prefix}", _DIRECTORY)
+        except (FileNotFoundError, NotADirectoryError):
+            return [], []
+        try:
+            with os.scandir(directory_fd) as entries:
+                kinds = {entry.name: entry.is_dir() for entry in entries}
+            names = _remove_leftovers(kinds, directory_fd)
+            keys = [key for name in names if not kinds[name] and (key := prefix + name) > start_after]
+            if keys:
+                os.fsync(directory_fd)
+        finally:
+            _close(directory_fd)
+        return keys, [f"{prefix}{name}/" for name in names if kinds[name]]
+
+    # -- trust and complaints
+
+    def _probe(self) -> None:
+        """Try what everything rests upon: there are hard links, and a name cannot be made twice."""
+        names = [_temporary_name() for _ in range(3)]
+        directory_fd = os.open(self._root, _DIRECTORY)
+        try:
+            _close(os.open(names[0], _NEW_FILE, 0o666, dir_fd=directory_fd))
+            try:
+                os.link(names[0], names[1], src_dir_fd=directory_fd, dst_dir_fd=directory_fd)
+            except OSError as error:
+                if error.errno not in _NO_HARD_LINKS:
+                    raise
+                if not self._unsafe:
+                    raise _untrusted(self.url, f"its file system has no hard links ({error.strerror})") from error
+            if [self._create(self._root, names[2], "", b"") for _ in range(2)] != [True, False]:
+                raise _untrusted(self.url, "its file system lets two writers create one name")
+        finally:
+            for name in names:
+                _unlink(name, directory_fd)
+            _close(directory_fd)
+
+    def _failure(self, what: str, path: str, error: OSError) -> CheckpointStoreError:
+        text = f"{path!r} was not {what}: {_reason(error)}. {self._advice(error)}"
+        return CheckpointStoreError(text, errno=error.errno)
+
+    def _ambiguous(self, path: str, why: str, error: OSError) -> AmbiguousReplyError:
+        text = f"{path!r} may or may not have been created: {why} ({_reason(error)}). Read it back. {self._advice(error)}"
+        return AmbiguousReplyError(text, errno=error.errno)
+
+    def _advice(self, error: OSError) -> str:
+        if error.errno in {errno.ENOSPC, errno.EDQUOT}:
+            return f"{_free_space(self._root)} Make room; what was durable before still is."
+        if error.errno == errno.ENOENT:
+            return "A path must be shared by all nodes and stay mounted; if this one is not, use a shared path, an object store, or one node."
+        if error.errno in {errno.EACCES, errno.EPERM, errno.EROFS}:
+            return "Give this user the right to read and write it, or choose another checkpoint_dir."
+        return "Look at the disk (dmesg); what was durable before still is."
+
+
+def _untrusted(root: str, why: str) -> UsageError:
+    return UsageError(
+        f"checkpoint_dir {root!r} is refused: {why}. Use a local disk, NFS or another POSIX file system, or set "
+        f"{UNSAFE_VARIABLE}=1 if you can do without the promise that a durable checkpoint survives a crash.",
+    )
+
+
+def _reason(error: OSError) -> str:
+    return f"{error.strerror} ({errno.errorcode.get(error.errno or 0, error.errno)})"
+
+
+def _free_space(path: str) -> str:
+    try:
+        found = os.statvfs(path)
+    except OSError:
+        return ""
+    inodes = f" and {found.f_favail} inodes" if found.f_files else ""
+    return f"Free: {found.f_bavail * found.f_frsize} of {found.f_blocks * found.f_frsize} bytes{inodes}."
+
+
+def _write(fd: int, data: bytes) -> None:
+    """Write all of `data`; one call may take only a part of it (2 GiB, a nearly full disk)."""
+    written = os.write(fd, data)
+    while written < len(data):
+        count = os.write(fd, memoryview(data)[written:])
+        if not count:
+            raise OSError(errno.EIO, "write() took nothing")
+        written += count
+
+
+def _close(fd: int) -> None:
+    """Close; after an fsync there is nothing left that could fail, and before one the write has failed already."""
+    with suppress(OSError):
+        os.close(fd)
+
+
+def _unlink(name: str, directory_fd: int) -> None:
+    with suppress(OSError):
+        os.unlink(name, dir_fd=directory_fd)
+
+
+def _rename(temporary: str, name: str, directory_fd: int) -> bool:
+    """Without hard links, and only if asked to: O_EXCL decides, the rename fills. Dying in between leaves an empty record."""
+    try:
+        _close(os.open(name, _NEW_FILE, 0o666, dir_fd=directory_fd))
+    except FileExistsError:
+        return False
+    try:
+        os.rename(temporary, name, src_dir_fd=directory_fd, dst_dir_fd=directory_fd)
+    except OSError:
+        _unlink(name, directory_fd)
+        raise
+    return True
+
+
+def _fsync_directory(path: str) -> None:
+    fd = os.open(path, _DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        _close(fd)
+
+
+def _fsync_above(root: str) -> None:
+    """Make the entry of `root` durable, and those of all directories above it on this file system: who made which is not known."""
+    path = root
+    while path != "/" and not os.path.ismount(path):
+        path = os.path.dirname(path)
+        try:
+            _fsync_directory(path)
+        except PermissionError:
+            if os.access(path, os.W_OK):  # somebody like us may have made an entry there, and we cannot open it to fsync it
+                os.sync()
+
+
+def _file_system(path: str) -> str:
+    """Return the type of the file system that `path` is on; "" where the kernel does not say."""
+    try:
+        lines = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+    except OSError:
+        return ""
+    return _mounted_type(path, lines)
+
+
+def _mounted_type(path: str, mountinfo: builtins.list[str]) -> str:
+    """Look `path` up in the lines of mountinfo: the longest mount point above it counts, the last one if they are alike."""
+    longest, kind = "", ""
+    for line in mountinfo:
+        fields = line.split(" ")
+        mount = re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), fields[4])
+        if len(mount) >= len(longest) and f"{path}/".startswith(f"{mount.rstrip('/')}/"):
+            longest, kind = mount, fields[fields.index("-", 6) + 1]
+    return kind
+
+
+# -- temporary names: a dead writer's file can be told from a living one's
+
+_LEFTOVER: Final = re.compile(r"\.tmp-([0-9a-f]+-[0-9]+)-([0-9]{1,7})-([0-9]+)-[0-9]+")
+_numbers: Final = itertools.count()
+
+
+@functools.lru_cache(maxsize=1)
+def _host() -> str:
+    """Name what pids are unique in: this boot of this machine, and this pid namespace (a container has its own)."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip().replace("-", "")
+    return f"{boot}-{re.sub(r'[^0-9]', '', os.readlink('/proc/self/ns/pid'))}"
+
+
+@functools.lru_cache(maxsize=1)
+def _start_time(pid: int) -> str:
+    """Return when our process, `pid`, began; a child made by fork asks with its own pid."""
+    return _process(pid)[1]
+
+
+def _process(pid: int) -> tuple[str, str]:
+    """Return the state of a process and when it began (ticks since boot), which tells it from a later one with its pid."""
+    fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+    return fields[0], fields[19]
+
+
+def _temporary_name() -> str:
+    pid = os.getpid()
+    return f".tmp-{_host()}-{pid}-{_start_time(pid)}-{next(_numbers)}"
+
+
+def _remove_leftovers(names: builtins.list[str] | dict[str, bool], directory_fd: int) -> builtins.list[str]:
+    """Remove the temporary files of writers that are dead, and return the names of the others, all hidden ones excepted."""
+    hidden = [name for name in names if name.startswith(".")]
+    for name in hidden:
+        match = _LEFTOVER.fullmatch(name)
+        if match and not _is_alive(match[1], int(match[2]), match[3], name, directory_fd):
+            _unlink(name, directory_fd)
+    return [name for name in names if not name.startswith(".")]
+
+
+def _is_alive(host: str, pid: int, start_time: str, name: str, directory_fd: int) -> bool:
+    """Whether the writer of a temporary file may still be at it; when in doubt, it is."""
+    if host != _host():  # another machine, another container, or this machine before it was started again: only age tells
+        with suppress(OSError):
+            return os.stat(name, dir_fd=directory_fd).st_mtime > time.time() - _LEFTOVER_AGE_S
+        return True
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    try:
+        state, began = _process(pid)
+    except OSError:  # /proc hides the processes of others (hidepid)
+        return True
+    return began == start_time and state not in "ZX"
