@@ -1,0 +1,61 @@
+"""faultguard: long Ray tasks that survive anything, from the last checkpoint on.
+
+Decorate a Ray task with `recoverable`, wrap its loop in `batches`. `docs/` explains what is guaranteed.
+"""
+
+from faultguard._checkpointed import batches, checkpointed, current
+from faultguard._get import get
+from faultguard._handle import Checkpoint
+from faultguard._recoverable import RecoverableFunction, recoverable
+from faultguard._run import Run, init, shutdown
+from faultguard._views import WorkerState, manager, workers
+from faultguard.errors import (
+    CheckpointCorruptError,
+    CheckpointNotSerializableError,
+    CheckpointStoreError,
+    DuplicateWorkerError,
+    FaultguardError,
+    InputChangedError,
+    ManagerUnavailableError,
+    MaxFailuresExceeded,
+    RunInUseError,
+    RunMismatchError,
+    StalledError,
+    SupersededError,
+    UsageError,
+)
+from faultguard.manager import RecoveryManager
+from faultguard.policy import Backoff
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Backoff",
+    "Checkpoint",
+    "CheckpointCorruptError",
+    "CheckpointNotSerializableError",
+    "CheckpointStoreError",
+    "DuplicateWorkerError",
+    "FaultguardError",
+    "InputChangedError",
+    "ManagerUnavailableError",
+    "MaxFailuresExceeded",
+    "RecoverableFunction",
+    "RecoveryManager",
+    "Run",
+    "RunInUseError",
+    "RunMismatchError",
+    "StalledError",
+    "SupersededError",
+    "UsageError",
+    "WorkerState",
+    "batches",
+    "checkpointed",
+    "current",
+    "get",
+    "init",
+    "manager",
+    "recoverable",
+    "shutdown",
+    "workers",
+]

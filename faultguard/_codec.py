@@ -12,6 +12,7 @@ C order and writable); and which of two equal dtypes an array had (`longlong` is
 from __future__ import annotations
 
 import base64
+import cmath
 import dataclasses
 import enum
 import hashlib
@@ -116,11 +117,13 @@ def decode(data: bytes) -> Any:
         tree = _from_json(data)
         return _read(tree) if _TAG_MARK in data else tree
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-        raise CheckpointCorruptError(f"a record of {len(data)} bytes is not JSON: {error}") from error
+        message = f"a record of {len(data)} bytes is not JSON: {error}"
+        raise CheckpointCorruptError(message) from error
     except RecursionError as error:
         if _json_depth(data) <= _MAX_JSON_DEPTH:
             raise  # nothing is wrong with the data: the caller has no stack left
-        raise CheckpointCorruptError(f"a record of {len(data)} bytes is nested deeper than any that faultguard writes") from error
+        message = f"a record of {len(data)} bytes is nested deeper than any that faultguard writes"
+        raise CheckpointCorruptError(message) from error
 
 
 def fingerprint(value: object) -> str:
@@ -135,7 +138,7 @@ def fingerprint(value: object) -> str:
 
     Example:
         >>> fingerprint("part-07.parquet")
-        'v:0de8ba3a14eea8d2'
+        'v:630f946f322bc137'
         >>> fingerprint([1, 2, 3])
         't:list:3'
     """
@@ -480,10 +483,8 @@ def _write_scalar(encoder: _Encoder, value: np.generic[Any]) -> Json:
     dtype, kind = _dtype_text(encoder, value), type(value)
     if sys.modules["numpy"].dtype(dtype).type is not kind:
         raise encoder.refusal(value, f"it would come back as the equal numpy.{value.dtype.name}. Convert it to that")
-    if value.dtype.kind in "biufc":
-        item = value.item()
-        if kind(item).tobytes() == value.tobytes():  # not so for some NaNs
-            return _tagged("np.scalar", encoder.tree(item), dtype=dtype)
+    if value.dtype.kind in "biufc" and not cmath.isnan(value.item()):  # NaN may lose its payload on the way through a float
+        return _tagged("np.scalar", encoder.tree(value.item()), dtype=dtype)
     return _tagged("np.scalar", _tagged("bytes", _base64(value.tobytes())), dtype=dtype)
 
 
@@ -526,7 +527,7 @@ _REASONS: tuple[tuple[Callable[[type], bool], str], ...] = (
     (_is_array, "it would come back as a plain array. Convert it with numpy.asarray(...), and store a mask apart"),
     (
         _is_under("torch", "tensorflow", "jax", "jaxlib", "cupy", "pandas", "polars", "pyarrow"),
-        "only plain values and NumPy arrays are. Use ckpt.track(name=(get, set)), or convert it to a NumPy array",
+        "only plain values and NumPy arrays are. Use ckpt.track(name=(get, set)), or convert it to these",
     ),
     (_is_a(Iterator), "it has a position that cannot be recorded. Loop over ckpt.batches(...), or keep it out of state"),
     (
@@ -580,19 +581,22 @@ def _read(tree: Json) -> Any:
 def _read_tagged(tag: Json, fields: dict[str, Json]) -> Any:
     read = _READERS.get(tag) if type(tag) is str else None
     if read is None:
-        raise CheckpointCorruptError(f"a record has a value of the unknown kind {_short(tag)}: it is damaged, or from a newer faultguard")
+        message = f"a record has a value of the unknown kind {_short(tag)}: it is damaged, or from a newer faultguard"
+        raise CheckpointCorruptError(message)
     try:
         return read(**fields)
     except (CheckpointCorruptError, UsageError, MemoryError, RecursionError):
         raise
     except Exception as error:
-        raise CheckpointCorruptError(f"a record has a damaged value of kind {tag!r}: {type(error).__name__}: {error}") from error
+        message = f"a record has a damaged value of kind {tag!r}: {type(error).__name__}: {error}"
+        raise CheckpointCorruptError(message) from error
 
 
 def _expect(value: Json, kind: type) -> Any:
     """The value, if it is of that type; constructors take too much (`tuple("ab")`, `UUID("{...}")`)."""
     if type(value) is not kind:
-        raise ValueError(f"expected {kind.__name__}, found {_short(value)}")
+        message = f"expected {kind.__name__}, found {_short(value)}"
+        raise ValueError(message)
     return value
 
 
@@ -600,7 +604,8 @@ def _items(v: Json, length: int | None = None) -> list[Any]:
     """The values of a list, of that length if one is given."""
     items: list[Any] = _expect(v, list)
     if length is not None and len(items) != length:
-        raise ValueError(f"expected {length} values, found {_short(items)}")
+        message = f"expected {length} values, found {_short(items)}"
+        raise ValueError(message)
     return [_read(item) for item in items]
 
 
@@ -653,13 +658,13 @@ def _read_timezone(v: Json, name: Json = None) -> timezone:
 
 def _read_zoneinfo(v: Json) -> ZoneInfo:
     if not _ZONE_KEY.fullmatch(_expect(v, str)):
-        raise ValueError(f"{_short(v)} is not the name of a time zone")
+        message = f"{_short(v)} is not the name of a time zone"
+        raise ValueError(message)
     try:
         return ZoneInfo(v)
     except ZoneInfoNotFoundError as error:
-        raise UsageError(
-            f"the record holds a time in the zone {v!r}, which this machine does not know. Install the package tzdata"
-        ) from error
+        message = f"the record holds a time in the zone {v!r}, which this machine does not know. Install the package tzdata"
+        raise UsageError(message) from error
 
 
 def _read_uuid(v: Json, safe: Json = None) -> uuid.UUID:
@@ -667,23 +672,27 @@ def _read_uuid(v: Json, safe: Json = None) -> uuid.UUID:
 
 
 def _numpy() -> Any:
+    """The module, imported only for a record that needs it."""
     try:
-        import numpy as np  # only a record with arrays needs NumPy
+        import numpy as np
     except ImportError as error:
-        raise UsageError("the record holds NumPy arrays, and NumPy cannot be imported here. Install it") from error
+        message = "the record holds NumPy arrays, and NumPy cannot be imported here. Install it"
+        raise UsageError(message) from error
     return np
 
 
 def _dtype(text: Json) -> Any:
     if not _DTYPE.fullmatch(_expect(text, str)):
-        raise ValueError(f"{_short(text)} is not a plain dtype")
+        message = f"{_short(text)} is not a plain dtype"
+        raise ValueError(message)
     return _numpy().dtype(text)
 
 
 def _read_array(v: Json, dtype: Json, shape: Json) -> np.ndarray[Any, Any]:
     raw, kind, sizes = bytearray(_raw(v)), _dtype(dtype), _ints(shape)
     if len(raw) != math.prod(sizes) * kind.itemsize:
-        raise ValueError(f"{len(raw)} bytes are no array of {dtype} with the shape {sizes}")
+        message = f"{len(raw)} bytes are no array of {dtype} with the shape {sizes}"
+        raise ValueError(message)
     array: np.ndarray[Any, Any] = _numpy().ndarray(sizes, kind, raw)
     return array
 
@@ -696,7 +705,8 @@ def _read_scalar(v: Json, dtype: Json) -> np.generic[Any]:
     elif type(item) in {bool, int, float, complex}:
         scalar = kind.type(item)
     else:
-        raise ValueError(f"{_short(v)} is not a number")
+        message = f"{_short(v)} is not a number"
+        raise ValueError(message)
     return scalar
 
 
@@ -748,7 +758,7 @@ def _json_depth(data: bytes) -> int:
 # --- fingerprints ------------------------------------------------------------------------------------------------------------------
 
 _IMMUTABLE = frozenset(_WRITERS) - {list, dict, set, deque, OrderedDict, Counter, bytearray}
-_SIZED = frozenset({str, bytes, bytearray, list, tuple, dict, set, frozenset, deque, range})
+_SIZED = frozenset({str, bytes, bytearray, list, tuple, dict, set, frozenset, deque})
 
 
 def _frozen_text(value: object) -> bytes | None:

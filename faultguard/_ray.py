@@ -5,7 +5,6 @@ Facts behind it were measured on Ray 2.60 and are pinned by `tests/test_ray_fact
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +17,10 @@ if TYPE_CHECKING:
 
 __all__ = [
     "NAMESPACE",
+    "UNREACHABLE",
     "Identity",
     "function_and_options",
+    "get_within",
     "identity",
     "is_actor_class",
     "is_driver",
@@ -30,7 +31,8 @@ __all__ = [
     "job_is_over",
     "kv_get",
     "kv_put",
-    "release_cpu_until",
+    "options_at_submission",
+    "refuse_client_mode",
     "session_dir",
     "was_terminated",
 ]
@@ -147,9 +149,12 @@ def was_terminated(error: SystemExit) -> bool:
     return "ray_terminate_msg" in vars(error)
 
 
-def release_cpu_until(ref: Any, deadline: float) -> None:
-    """Block in `ray.get` on the main thread of a task until the deadline (monotonic), so that Ray lends its CPU to others."""
-    ray.wait([ref], timeout=max(deadline - time.monotonic(), 0.0))
+UNREACHABLE = (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError, ray.exceptions.RaySystemError)
+
+
+def get_within(ref: Any, seconds: float) -> Any:
+    """`ray.get` with a bound. On the main thread of a task it lends the CPU to others while it waits."""
+    return ray.get(ref, timeout=max(seconds, 0.0))
 
 
 def refuse_client_mode() -> None:

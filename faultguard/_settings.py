@@ -11,7 +11,6 @@ import datetime
 import functools
 import os
 import secrets
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -45,9 +44,14 @@ class Settings(msgspec.Struct, frozen=True, omit_defaults=True):
         """As JSON."""
         return msgspec.json.encode(self)
 
+    @property
+    def run_prefix(self) -> str:
+        """Where the logs of this run lie in the store; ends in "/"."""
+        return f"{encode_name(self.run)}/"
+
     def log_prefix(self, task: str, worker_id: str) -> str:
         """Where the log of a worker lies in the store; ends in "/"."""
-        return f"{encode_name(self.run)}/{encode_name(task)}/{encode_name(worker_id)}/"
+        return f"{self.run_prefix}{encode_name(task)}/{encode_name(worker_id)}/"
 
 
 def decode_settings(data: bytes) -> Settings:
@@ -202,11 +206,10 @@ def _checked_store(checkpoint_dir: str, expected: str) -> Store:
     store = open_store(checkpoint_dir, create=False)
     found = store_id(store, create=False)
     if found != expected:
-        what = "does not exist or is empty" if found is None else f"is another store (id {found[:8]}, expected {expected[:8]})"
-        node = f" (python {sys.version_info[0]}.{sys.version_info[1]}, pid {os.getpid()})"
         msg = (
-            f"the checkpoint store {store.url} of the driver {what} on this node{node}: the directory is not shared between the nodes. "
-            f"Give checkpoint_dir a path on a file system that all nodes share, or an object store, or use one node"
+            f"checkpoint store {store.url!r} is another store on this node (id {found[:8]}) than on the driver's (id {expected[:8]}): the "
+            f"directory is not shared between the nodes. Give checkpoint_dir a path on a file system that all nodes share, or an object "
+            f"store, or use one node"
         )
         raise CheckpointStoreError(msg)
     return store

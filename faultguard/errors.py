@@ -6,7 +6,9 @@ world (`CheckpointStoreError`, ...), or nobody (`SupersededError`: stop, nothing
 
 from __future__ import annotations
 
+import sys
 import traceback
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -30,6 +32,9 @@ __all__ = [
     "SupersededError",
     "UsageError",
 ]
+
+
+_GROUPS = (BaseExceptionGroup,) if sys.version_info >= (3, 11) else ()  # their layout does not combine
 
 
 def _rebuild(cls: type[FaultguardError], message: str, attributes: dict[str, Any]) -> FaultguardError:
@@ -126,9 +131,9 @@ class MaxFailuresExceeded(FaultguardError):  # noqa: N818 - the public name is f
     """
 
     worker_id: str
-    failures: tuple[FailureRecord, ...] = ()
-    last_exception: Exception | None = None
-    poison_batch: int | None = None
+    failures: tuple[FailureRecord, ...]  # no defaults: Ray's error, which is of this class too, looks up what the class lacks
+    last_exception: Exception | None
+    poison_batch: int | None
 
 
 def _combined_init(self: MaxFailuresExceeded, message: str = "", **attributes: object) -> None:
@@ -144,14 +149,15 @@ def _combined_str(self: MaxFailuresExceeded) -> str:
 
 def _combined_reduce(self: MaxFailuresExceeded) -> tuple[Callable[..., MaxFailuresExceeded], tuple[Any, ...]]:
     """Pickle by the user's class, because the combined one cannot be imported."""
-    return _rebuild_combined, (type(self).__mro__[2], str(self), dict(self.__dict__))
+    return _rebuild_combined, (type(self)._user_class, str(self), dict(self.__dict__))  # type: ignore[attr-defined] # see _combine
 
 
 def _combine(user_class: type[Exception]) -> type[MaxFailuresExceeded] | None:
     """A class that is both, or None where the two cannot be combined (other layout, final class, own metaclass)."""
-    if user_class is Exception or issubclass(user_class, (FaultguardError, BaseExceptionGroup)):
+    if user_class is Exception or issubclass(user_class, (FaultguardError, *_GROUPS)):
         return None
     namespace = {
+        "_user_class": user_class,
         "__init__": _combined_init,
         "__str__": _combined_str,
         "__reduce__": _combined_reduce,
@@ -203,7 +209,7 @@ def max_failures_exceeded(
     )
     if last_exception is not None:
         lines.append("")
-        lines.append("".join(traceback.format_exception(last_exception)).rstrip())
+        lines.append(_user_traceback(last_exception))
     message = "\n".join(lines)
     attributes = {
         "worker_id": worker,
@@ -214,3 +220,16 @@ def max_failures_exceeded(
     if isinstance(last_exception, Exception):
         return _make(type(last_exception), message, attributes)
     return MaxFailuresExceeded(message, **attributes)
+
+
+def _user_traceback(error: Exception) -> str:
+    """The traceback from the user's first frame on, without what was handled before."""
+    frames = error.__traceback__
+    while frames is not None and frames.tb_next is not None and _is_ours(frames.tb_frame.f_code.co_filename):
+        frames = frames.tb_next
+    return "".join(traceback.format_exception(type(error), error, frames, chain=error.__cause__ is not None)).rstrip()
+
+
+def _is_ours(filename: str) -> bool:
+    folders = set(Path(filename).parts[:-1])
+    return bool(folders & {"faultguard", "tenacity"}) or Path(filename).parts[-3:-1] == ("concurrent", "futures")

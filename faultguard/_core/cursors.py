@@ -6,8 +6,6 @@ outside begins new scopes inside. Marks of an earlier attempt wait in `_restored
 
 from __future__ import annotations
 
-from typing import Literal
-
 from faultguard._core.records import Mark
 from faultguard.errors import InputChangedError, UsageError
 
@@ -23,7 +21,7 @@ Marks = tuple[tuple[Mark, ...], ...]
 class Loop:
     """One open or finished loop. `done` counts finished batches, and is the index of the batch in hand."""
 
-    __slots__ = ("current", "depth", "done", "finished", "in_hand", "last", "last_known", "length", "name", "opened", "status", "total")
+    __slots__ = ("current", "depth", "done", "finished", "in_hand", "last", "last_known", "left", "length", "name", "opened", "total")
 
     def __init__(self, name: str, depth: int) -> None:
         self.name = name
@@ -36,7 +34,7 @@ class Loop:
         self.current: object = None  # the batch in hand, or the last one given out
         self.last_known = True  # False: `current` is newer than `last`
         self.opened = False  # by this attempt; a mark of an earlier one waits until then
-        self.status: Literal["open", "left"] = "open"
+        self.left = False  # early, by this attempt
         self.total: int | None = None
 
     def mark(self) -> Mark:
@@ -52,7 +50,7 @@ class Cursors:
     """
 
     def __init__(self, restored: Marks = ()) -> None:
-        self._scopes: list[list[Loop]] = [[_loop(mark, depth) for mark in scope] for depth, scope in enumerate(restored)]
+        self.scopes: list[list[Loop]] = [[_loop(mark, depth) for mark in scope] for depth, scope in enumerate(restored)]
         self._stack: list[Loop] = []
 
     @property
@@ -60,7 +58,7 @@ class Cursors:
         """The innermost open loop; where none is open, the last one of the outermost scope."""
         if self._stack:
             return self._stack[-1]
-        return self._scopes[0][-1] if self._scopes and self._scopes[0] else None
+        return self.scopes[0][-1] if self.scopes and self.scopes[0] else None
 
     @property
     def position(self) -> tuple[int, ...]:
@@ -72,7 +70,7 @@ class Cursors:
     @property
     def restored_position(self) -> tuple[int, ...]:
         """Batches done per depth in the loop that the checkpoint left last."""
-        return tuple(scope[-1].done for scope in self._scopes if scope)
+        return tuple(scope[-1].done for scope in self.scopes if scope)
 
     @property
     def is_open(self) -> bool:
@@ -81,12 +79,16 @@ class Cursors:
 
     @property
     def holds_back(self) -> bool:
-        """Whether the state may be in the middle of a batch: one is in hand, or a loop was left without its end."""
-        innermost = self.innermost
-        return innermost is not None and innermost.in_hand
+        """Whether a loop was left in the middle of a batch, so that nobody knows yet whether that batch counts."""
+        return any(loop.in_hand and loop.left for scope in self.scopes for loop in scope)
 
-    def open(self, name: str, length: int | None = None, total: int | None = None) -> Loop:
-        """Open a loop inside the batch in hand, or after the loop before it, which that closes.
+    @property
+    def in_hand(self) -> bool:
+        """Whether the innermost open loop has a batch in hand."""
+        return bool(self._stack) and self._stack[-1].in_hand
+
+    def open(self, name: str, length: int | None = None, total: int | None = None) -> tuple[Loop, bool]:
+        """Open a loop inside the batch in hand, or after the loop before it; True if that closed a loop left early.
 
         Raises:
             UsageError: the scope had a loop of this name in this attempt.
@@ -104,10 +106,12 @@ class Cursors:
                 f'Give each its own name: batches(items, name="second")'
             )
             raise UsageError(msg)
+        closed = False
         for earlier in scope:
-            if earlier is not loop and not earlier.finished:
+            if earlier is not loop and earlier.left and not earlier.finished:
                 _close(earlier)
-                del self._scopes[depth + 1 :]
+                del self.scopes[depth + 1 :]
+                closed = True
         if loop is None:
             if len(scope) >= MAX_SIBLINGS:
                 msg = f"more than {MAX_SIBLINGS} loops in one scope; make one loop over all of it"
@@ -120,14 +124,14 @@ class Cursors:
         loop.length = length if length is not None else loop.length
         loop.total = total if total is not None else loop.length
         self._stack.append(loop)
-        return loop
+        return loop, closed
 
     def done(self, loop: Loop, n: int = 1) -> None:
         """The batch in hand of `loop` is done, or `n` more of a hand-written one: loops inside it begin anew."""
         loop.done += n
         loop.in_hand = False
         loop.last_known = False
-        del self._scopes[loop.depth + 1 :]
+        del self.scopes[loop.depth + 1 :]
 
     def finish(self, loop: Loop) -> None:
         """The input is used up."""
@@ -137,16 +141,16 @@ class Cursors:
 
     def leave(self, loop: Loop) -> None:
         """The loop was left early: by `break`, `return` or an exception. What follows decides whether its batch counts."""
-        loop.status = "left"
+        loop.left = not loop.finished
         self._pop(loop)
 
     def close_left(self) -> None:
         """The block ends without an exception: loops that were left early are over, with the batch in hand done."""
-        for scope in self._scopes[:1]:
+        for scope in self.scopes[:1]:
             for loop in scope:
                 if loop.opened and not loop.finished:
                     _close(loop)
-                    del self._scopes[loop.depth + 1 :]
+                    del self.scopes[loop.depth + 1 :]
         self._stack.clear()
 
     def hand_written(self) -> Loop:
@@ -161,16 +165,16 @@ class Cursors:
 
     def marks(self) -> Marks:
         """What a record keeps of all loops."""
-        return tuple(tuple(loop.mark() for loop in scope) for scope in self._scopes if scope)
+        return tuple(tuple(loop.mark() for loop in scope) for scope in self.scopes if scope)
 
     def loops(self) -> list[Loop]:
         """Every loop in every scope."""
-        return [loop for scope in self._scopes for loop in scope]
+        return [loop for scope in self.scopes for loop in scope]
 
     def _scope(self, depth: int) -> list[Loop]:
-        while len(self._scopes) <= depth:
-            self._scopes.append([])
-        return self._scopes[depth]
+        while len(self.scopes) <= depth:
+            self.scopes.append([])
+        return self.scopes[depth]
 
     def _pop(self, loop: Loop) -> None:
         if loop in self._stack:

@@ -108,10 +108,11 @@ class Snapshot(msgspec.Struct, frozen=True):
 
 
 class Outcome(msgspec.Struct, frozen=True, omit_defaults=True):
-    """How the work ended for good. `value` is the encoded return value; without one it has to be computed again."""
+    """How the work ended for good. `value` is the encoded return value; if not `recorded`, it has to be computed again."""
 
     status: Literal["completed", "failed"]
-    value: msgspec.Raw | None = None
+    recorded: bool = False
+    value: msgspec.Raw = msgspec.Raw(b"null")
     message: str = ""
 
 

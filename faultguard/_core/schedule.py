@@ -50,14 +50,18 @@ class Schedule:
     __slots__ = ("_batches", "_encode_cost", "_every", "_interval", "_last_write", "_min_interval", "_snapshot_at", "_write_cost", "look_at")
 
     def __init__(self, every: Every, now: float, min_interval_s: float = 0.0) -> None:
-        self._every = every if isinstance(every, int) else 0
-        self._interval = every.total_seconds() if isinstance(every, timedelta) else None
+        self.configure(every)
         self._min_interval = min_interval_s
         self._encode_cost = 0.0
         self._write_cost = 0.0
         self._last_write = now
         self._batches = 0  # since a write was due by their number
         self._snapshot_at = now  # the first boundary shows whether the state can be saved at all
+
+    def configure(self, every: Every) -> None:
+        """Use another interval from now on."""
+        self._every = every if isinstance(every, int) else 0
+        self._interval = every.total_seconds() if isinstance(every, timedelta) else None
         self.look_at = NOW
 
     def boundary(self, now: float, batches: int = 1) -> bool:

@@ -73,7 +73,7 @@ def open_store(url: str, *, create: bool = True) -> Store:
     """
     scheme = "" if url.startswith("/") else url.partition("://")[0] if "://" in url else ""
     if scheme == "memory":
-        from faultguard.storage.memory import open_memory  # noqa: PLC0415 - only the kind that is used is imported
+        from faultguard.storage.memory import open_memory
 
         return open_memory(url, create=create)
     if scheme in _CLOUD:
@@ -83,7 +83,7 @@ def open_store(url: str, *, create: bool = True) -> Store:
         why = f"the scheme {scheme!r} is not known" if scheme else "the path is relative, and means another place in every process"
         msg = f"checkpoint_dir {url!r} is refused: {why}. Use an absolute path."
         raise UsageError(msg)
-    from faultguard.storage.local import LocalStore  # noqa: PLC0415 - see above
+    from faultguard.storage.local import LocalStore
 
     return LocalStore.open(url, create=create)
 

@@ -10,7 +10,8 @@ The order is the whole point::
   while the save that it points at, whose writer died between link and fsync, did not: entries of a directory reach the
   disk one by one.
 """
-# ruff: noqa: PTH - this module is a sequence of system calls, with file descriptors and `dir_fd`, which pathlib does not have
+# This module is a sequence of system calls, with file descriptors and `dir_fd`, which pathlib does not have.
+# ruff: noqa: PTH103, PTH106, PTH108, PTH112, PTH115, PTH116, PTH120
 
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ import itertools
 import os
 import re
 import time
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -30,7 +31,7 @@ from faultguard.errors import AmbiguousReplyError, CheckpointStoreError, UsageEr
 
 if TYPE_CHECKING:
     import builtins
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 __all__ = ["LocalStore", "step_hook"]
 
@@ -113,83 +114,77 @@ class LocalStore:
         store = cls(root)
         kind = _file_system(store._root)
         if kind.startswith("fuse") and not store._unsafe:
-            raise _untrusted(root, f"it is on a FUSE mount ({kind}), most of which do not make durable what they say is")
-        try:
+            msg = _untrusted(root, f"it is on a FUSE mount ({kind}), most of which do not make durable what they say is")
+            raise UsageError(msg)
+        with store._translated("opened", store._root):
             if create:
                 os.makedirs(store._root, exist_ok=True)
                 store._probe()
             else:
                 store._check_root()
-        except OSError as error:
-            raise store._failure("opened", root, error) from error
         return store
 
     def create(self, key: str, data: bytes) -> bool:
         """See `Store.create`."""
         path = f"{self._root}/{check_key(key)}"
-        directory, _, name = path.rpartition("/")
-        try:
-            for _ in range(_MAX_TRIES):
-                try:
-                    return self._create(directory, name, key, data)
-                except FileNotFoundError:  # not made yet, or a `delete` of its last key took it away before the link
-                    self._make(directory)
-            raise FileNotFoundError(errno.ENOENT, f"its directory was removed {_MAX_TRIES} times while it was written", path)
-        except OSError as error:
-            self._prune(directory)
-            raise self._failure("created", path, error) from error
+        directory = path.rpartition("/")[0]
+        with self._translated("created", path):
+            try:
+                for _ in range(_MAX_TRIES):
+                    try:
+                        return self._create(key, data)
+                    except FileNotFoundError:  # noqa: PERF203 - not made yet, or a `delete` of its last key removed it before the link
+                        self._make(directory)
+                raise FileNotFoundError(errno.ENOENT, f"its directory was removed {_MAX_TRIES} times while it was written")
+            except OSError:
+                self._prune(directory)
+                raise
 
     def get(self, key: str) -> bytes | None:
         """See `Store.get`."""
         path = f"{self._root}/{check_key(key)}"
-        try:
+        with self._translated("read", path):
             try:
                 data = Path(path).read_bytes()
                 _fsync_directory(path.rpartition("/")[0])
             except (FileNotFoundError, NotADirectoryError):
                 self._check_root()
                 return None
-        except OSError as error:
-            raise self._failure("read", path, error) from error
-        return data
+            return data
 
     def list(self, prefix: str, start_after: str = "") -> builtins.list[str]:
         """See `Store.list`."""
         keys: list[str] = []
         pending = [check_prefix(prefix)]
-        try:
+        with self._translated("listed", f"{self._root}/{prefix}"):
             while pending:
                 found, inner = self._scan(pending.pop(), start_after)
                 keys += found
                 pending += inner
             if not keys:
                 self._check_root()
-        except OSError as error:
-            raise self._failure("listed", f"{self._root}/{prefix}", error) from error
         return sorted(keys)
 
     def delete(self, key: str) -> None:
         """See `Store.delete`."""
         path = f"{self._root}/{check_key(key)}"
         _step("before_delete", key)
-        try:
+        with self._translated("deleted", path), suppress(FileNotFoundError, NotADirectoryError):
             os.unlink(path)
-        except (FileNotFoundError, NotADirectoryError):
-            pass
-        except OSError as error:
-            raise self._failure("deleted", path, error) from error
         _step("after_delete", key)
         self._prune(path.rpartition("/")[0])
 
     # -- create, step by step
 
-    def _create(self, directory: str, name: str, key: str, data: bytes) -> bool:
+    def _create(self, key: str, data: bytes) -> bool:
+        path = f"{self._root}/{key}"
+        directory = path.rpartition("/")[0]
         # Everything below is done in this very directory, not in whatever has its name a moment later: once it is removed,
         # the link fails with ENOENT, even if another process has made it anew.
         directory_fd = os.open(directory, _DIRECTORY)
         try:
             settled = self._settle(directory, directory_fd)
-            created, found = self._write_and_link(directory_fd, name, key, data)
+            created, found = self._write_and_link(directory_fd, key, data)
             _step("before_dir_fsync", key)
             try:
                 # Also if the key exists: its writer may have died before it did this, and our caller goes by what is there.
@@ -198,16 +193,16 @@ class LocalStore:
                 self._settled.pop(directory, None)  # the next create here starts with an fsync, and fails if that does
                 if not created:
                     raise
-                raise self._ambiguous(f"{directory}/{name}", "its directory could not be made durable", error) from error
+                msg = self._ambiguous(key, "its directory could not be made durable", error)
+                raise AmbiguousReplyError(msg, errno=error.errno) from error
         finally:
             _close(directory_fd)
         if created:
-            witness = _Witness(f"{directory}/{name}", found.st_dev, found.st_ino, found.st_mtime_ns)
-            for each in settled:
-                self._settled[each] = witness
+            witness = _Witness(path, found.st_dev, found.st_ino, found.st_mtime_ns)
+            self._settled.update(dict.fromkeys(settled, witness))
         return created
 
-    def _write_and_link(self, directory_fd: int, name: str, key: str, data: bytes) -> tuple[bool, os.stat_result]:
+    def _write_and_link(self, directory_fd: int, key: str, data: bytes) -> tuple[bool, os.stat_result]:
         """Give durable content its name: whether this call did, and the file."""
         fd, temporary = self._open_temporary(directory_fd)
         try:
@@ -216,7 +211,7 @@ class LocalStore:
             # file is thrown away, and a caller that tries again gets another one.
             os.fsync(fd)
             _step("before_link", key)
-            created = self._link(fd, temporary, directory_fd, name)
+            created = self._link(fd, temporary, directory_fd, key)
             _step("after_link", key)
             return created, os.fstat(fd)
         finally:
@@ -236,32 +231,34 @@ class LocalStore:
         temporary = _temporary_name()
         return os.open(temporary, _NEW_FILE, 0o666, dir_fd=directory_fd), temporary
 
-    def _link(self, fd: int, temporary: str | None, directory_fd: int, name: str) -> bool:
-        """Link the file as `name`: False if there is one. This is where exactly one of several writers wins."""
+    def _link(self, fd: int, temporary: str | None, directory_fd: int, key: str) -> bool:
+        """Link the file as the last part of `key`: False if there is one. This is where exactly one of several writers wins."""
+        name = key.rpartition("/")[2]
         links = 1 if temporary is None else 2
-        source = temporary or f"/proc/self/fd/{fd}"
         try:
             # With a dir_fd Python calls linkat(AT_SYMLINK_FOLLOW); link() would link the symlink in /proc.
+            source = temporary or f"/proc/self/fd/{fd}"
             os.link(source, name, src_dir_fd=directory_fd, dst_dir_fd=directory_fd, follow_symlinks=True)
         except OSError as error:
             if os.fstat(fd).st_nlink == links:  # NFS: done, but the reply was lost, and the client's second try failed
                 return True
             if error.errno == errno.EEXIST:
                 return False
-            if self._try_otherwise(error, temporary, directory_fd):
-                raise FileNotFoundError(errno.ENOENT, "once more, in another way", name) from error
+            if self._try_named(error, temporary, directory_fd):
+                raise FileNotFoundError(errno.ENOENT, "once more, with a named file") from error
             if temporary is not None and error.errno in _NO_HARD_LINKS and self._unsafe:
                 return _rename(temporary, name, directory_fd)
             if error.errno in _SURELY_NOT:
                 raise
-            raise self._ambiguous(name, "the file system did not say whether it was linked", error) from error
+            msg = self._ambiguous(key, "the file system did not say whether it was linked", error)
+            raise AmbiguousReplyError(msg, errno=error.errno) from error
         if os.fstat(fd).st_nlink != links:  # NFS says "done" and did not, or somebody has deleted the record already
             gone = OSError(errno.ENOLINK, "linked, but not there")
-            raise self._ambiguous(name, "the file system linked it, but it is not there", gone)
+            raise AmbiguousReplyError(self._ambiguous(key, "the file system linked it, and it is not there", gone), errno=gone.errno)
         return True
 
-    def _try_otherwise(self, error: OSError, temporary: str | None, directory_fd: int) -> bool:
-        """After a link of a nameless file failed: whether a named one may do (no /proc here, or a file system without this)."""
+    def _try_named(self, error: OSError, temporary: str | None, directory_fd: int) -> bool:
+        """After a failed link of a nameless file: whether a named one may do (no /proc here, or a file system that cannot)."""
         if temporary is not None or error.errno not in {errno.ENOENT, errno.EXDEV, *_NO_HARD_LINKS}:
             return False
         if not os.fstat(directory_fd).st_nlink:  # the directory was removed: an ordinary ENOENT
@@ -350,36 +347,40 @@ class LocalStore:
                 if error.errno not in _NO_HARD_LINKS:
                     raise
                 if not self._unsafe:
-                    raise _untrusted(self.url, f"its file system has no hard links ({error.strerror})") from error
-            if [self._create(self._root, names[2], "", b"") for _ in range(2)] != [True, False]:
-                raise _untrusted(self.url, "its file system lets two writers create one name")
+                    raise UsageError(_untrusted(self.url, f"its file system has no hard links: {_reason(error)}")) from error
+            if [self._create(names[2], b"") for _ in range(2)] != [True, False]:
+                raise UsageError(_untrusted(self.url, "its file system lets two writers create one name"))
         finally:
             for name in names:
                 _unlink(name, directory_fd)
             _close(directory_fd)
 
-    def _failure(self, what: str, path: str, error: OSError) -> CheckpointStoreError:
-        text = f"{path!r} was not {what}: {_reason(error)}. {self._advice(error)}"
-        return CheckpointStoreError(text, errno=error.errno)
+    @contextmanager
+    def _translated(self, done: str, path: str) -> Iterator[None]:
+        """Let no bare OSError out: say which path was not `done`, why, and what to do."""
+        try:
+            yield
+        except OSError as error:
+            msg = f"{path!r} was not {done}: {_reason(error)}. {self._advice(error)}"
+            raise CheckpointStoreError(msg, errno=error.errno) from error
 
-    def _ambiguous(self, path: str, why: str, error: OSError) -> AmbiguousReplyError:
-        text = f"{path!r} may or may not have been created: {why} ({_reason(error)}). Read it back. {self._advice(error)}"
-        return AmbiguousReplyError(text, errno=error.errno)
+    def _ambiguous(self, key: str, why: str, error: OSError) -> str:
+        return f"'{self._root}/{key}' may or may not have been created: {why} ({_reason(error)}). Read it back. {self._advice(error)}"
 
     def _advice(self, error: OSError) -> str:
         if error.errno in {errno.ENOSPC, errno.EDQUOT}:
             return f"{_free_space(self._root)} Make room; what was durable before still is."
         if error.errno == errno.ENOENT:
-            return "A path must be shared by all nodes and stay mounted; if this one is not, use a shared path, an object store, or one node."
+            return "A path must be shared by all nodes and stay mounted; else use a shared path, an object store, or one node."
         if error.errno in {errno.EACCES, errno.EPERM, errno.EROFS}:
             return "Give this user the right to read and write it, or choose another checkpoint_dir."
         return "Look at the disk (dmesg); what was durable before still is."
 
 
-def _untrusted(root: str, why: str) -> UsageError:
-    return UsageError(
+def _untrusted(root: str, why: str) -> str:
+    return (
         f"checkpoint_dir {root!r} is refused: {why}. Use a local disk, NFS or another POSIX file system, or set "
-        f"{UNSAFE_VARIABLE}=1 if you can do without the promise that a durable checkpoint survives a crash.",
+        f"{UNSAFE_VARIABLE}=1 if you can do without the promise that a durable checkpoint survives a crash."
     )
 
 

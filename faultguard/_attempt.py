@@ -1,0 +1,515 @@
+"""One attempt of a worker: claim it, run the body, and record how that ended.
+
+Exceptions are retried here, in the process, through tenacity. The death of the process is Ray's to retry. The budget is one,
+and it stands in the log.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sys
+import time
+import traceback
+import uuid
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import msgspec
+
+from faultguard import _beater, _codec, _events, _ray
+from faultguard._core import log as rules
+from faultguard._core.budget import exhausted, is_charged
+from faultguard._core.records import Ended, FailureRecord, Outcome, Owner, Record, Snapshot
+from faultguard._core.schedule import Every, Schedule
+from faultguard._handle import Checkpoint
+from faultguard._journal import Journal, superseded
+from faultguard._log import StoredLog
+from faultguard._process import ProcessId, is_dead, this_process
+from faultguard._session import TaskContext, entered
+from faultguard._settings import Settings, checked_store
+from faultguard.errors import (
+    CheckpointNotSerializableError,
+    DuplicateWorkerError,
+    ManagerUnavailableError,
+    SupersededError,
+    max_failures_exceeded,
+)
+from faultguard.policy import Backoff, Matcher, verdict
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+__all__ = ["OpenWorker", "TaskOptions", "Work", "open_worker", "run_task"]
+
+MAX_RESULT_BYTES = 1 << 20
+MAX_MESSAGE = 1000
+POISON_FAILURES = 3
+HOLDER_POLL_S = 0.2
+LONG_WAIT_S = 1.0  # shorter waits are not worth a call
+
+
+@dataclass(frozen=True, slots=True)
+class TaskOptions:
+    """The options of `recoverable`, checked. `max_failures` None: what `init` says."""
+
+    name: str
+    max_failures: int | None = None
+    worker_id: str | Callable[..., str] | None = None
+    state: Mapping[str, Any] | None = None
+    every: Every = "auto"
+    keep: int = 3
+    retry_on: Matcher = Exception
+    give_up_on: Matcher = ()
+    backoff: Backoff = Backoff()
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What a task is to do: `call` runs the function on fresh arguments; not `repeatable` where those cannot be had twice."""
+
+    call: Callable[[], Any]
+    repeatable: bool
+
+
+class OpenWorker:
+    """A worker that this process holds: its handle, its log, its beats. It is what the beater asks."""
+
+    def __init__(self, settings: Settings, identity: _ray.Identity, journal: Journal, handle: Checkpoint) -> None:
+        self.settings = settings
+        self.journal = journal
+        self.handle = handle
+        self._node_id = identity.node_id
+        self._started = time.time()
+        self._status = ""
+        _beater.register(self)
+
+    def beat(self) -> dict[str, object]:
+        """What the manager is told, on the beater's thread."""
+        handle, held = self.handle, self.journal.held
+        return {
+            "task": handle.task,
+            "worker_id": handle.worker_id,
+            "run": handle.run,
+            "attempt": held.attempt,
+            "token": held.token,
+            "status": self._status or ("active" if held.attempt == 1 else "recovered"),
+            "current_batch": handle.current_batch,
+            "position": handle.position,
+            "total_batches": handle.total_batches,
+            "node_id": self._node_id,
+            "pid": os.getpid(),
+            "started_at": self._started,
+            "last_checkpoint": self.journal.log.path(held.last),
+            "failure_count": held.charged,
+        }
+
+    def final_beat(self) -> dict[str, object]:
+        """The last one."""
+        return self.beat()
+
+    def close(self, status: str) -> None:
+        """Give the worker up: no more writes, no more beats."""
+        self._status = status
+        self.handle.close()
+        self.journal.close()
+        _beater.unregister(self)
+
+
+# --- claiming -------------------------------------------------------------------------------------------------------
+
+
+def open_worker(
+    settings: Settings,
+    identity: _ray.Identity,
+    options: TaskOptions,
+    worker_id: str,
+    *,
+    max_failures: int,
+    local_retry: int = 0,
+) -> OpenWorker | rules.Finished:
+    """Claim a worker and restore what it saved.
+
+    Raises:
+        SupersededError: a later attempt of the same work has begun already.
+        DuplicateWorkerError: another live task holds the worker.
+    """
+    log = StoredLog(checked_store(settings), settings.log_prefix(options.name, worker_id))
+    process = this_process()
+    owner = Owner(
+        writer=uuid.uuid4().hex,
+        task_id=identity.task_id,
+        ray_attempt=identity.attempt,
+        local_retry=local_retry,
+        node_id=identity.node_id,
+        boot_id=process.boot_id,
+        pid=process.pid,
+        start_time=process.start_time,
+    )
+    me = rules.Claimant(owner=owner, task=options.name, worker_id=worker_id, max_failures=max_failures)
+    granted = _claim(log, me, settings)
+    if isinstance(granted, rules.Finished):
+        return granted
+    schedule = Schedule(options.every, time.monotonic())
+    journal = Journal(log, granted.held, schedule, options.keep)
+    handle = _handle(settings, options, journal, schedule, granted.snapshot)
+    if granted.damaged:
+        _say_damaged(handle, granted.damaged)
+    if granted.held.attempt > 1 and granted.held.failures:
+        _say_resumed(handle, granted.held, max_failures)
+    return OpenWorker(settings, identity, journal, handle)
+
+
+def _handle(settings: Settings, options: TaskOptions, journal: Journal, schedule: Schedule, snapshot: Snapshot | None) -> Checkpoint:
+    held = journal.held
+    return Checkpoint(
+        run=settings.run,
+        task=held.task,
+        worker_id=held.worker_id,
+        journal=journal,
+        snapshot=snapshot,
+        schedule=schedule,
+        life=held.life,
+        attempt=held.attempt,
+        token=held.token,
+        failures=held.failures,
+        state=options.state,
+    )
+
+
+def _claim(log: StoredLog, me: rules.Claimant, settings: Settings) -> rules.Granted | rules.Finished:
+    """Claim, waiting for a holder of another task until it is known dead."""
+    deadline = time.monotonic() + settings.heartbeat_timeout
+    watched: tuple[int, float] | None = None  # newest record of the holder, and since when it is the newest
+    while True:
+        answer = log.run(rules.claim(me, time.time()))
+        if isinstance(answer, (rules.Granted, rules.Finished)):
+            return answer
+        if isinstance(answer, rules.Refused):
+            raise superseded(me.worker_id, answer.head.attempt - 1, 0)
+        head, now = answer.head, time.monotonic()
+        owner = head.owner
+        dead = is_dead(ProcessId(owner.boot_id, owner.pid, owner.start_time))
+        if watched is None or watched[0] != head.number:
+            watched = (head.number, now)
+        silent = dead is None and now - watched[1] >= settings.heartbeat_timeout and _is_silent(settings, me)
+        if dead or silent:
+            me = replace(me, gone=head.token)
+        elif now >= deadline + HOLDER_POLL_S or owner.pid == os.getpid():
+            raise _duplicate(me, head, settings)
+        else:
+            time.sleep(HOLDER_POLL_S)
+
+
+def _is_silent(settings: Settings, me: rules.Claimant) -> bool:
+    """Whether the manager has watched for long enough and heard nothing of the holder. Not to know is not silence."""
+    from faultguard import manager
+
+    try:
+        heard = _ray.get_within(manager.find_or_make(settings).last_beat.remote(me.task, me.worker_id), LONG_WAIT_S * 10)
+    except (ManagerUnavailableError, *_ray.UNREACHABLE):
+        return False
+    age = heard["age_s"]
+    watched_s = heard["uptime_s"] if age is None else age
+    return bool(watched_s >= settings.heartbeat_timeout)
+
+
+def _duplicate(me: rules.Claimant, head: Record, settings: Settings) -> DuplicateWorkerError:
+    owner = head.owner
+    msg = (
+        f"worker {me.worker_id!r} of task {me.task!r} is held by another live task (attempt {head.attempt}, token {head.token}, node "
+        f"{owner.node_id[:8]}, pid {owner.pid}), which was not silent for heartbeat_timeout={settings.heartbeat_timeout:g} s. Give each "
+        f"task a worker_id of its own, or ray.cancel() the other one first"
+    )
+    return DuplicateWorkerError(msg, worker_id=me.worker_id)
+
+
+# --- running --------------------------------------------------------------------------------------------------------
+
+
+def run_task(settings: Settings, identity: _ray.Identity, options: TaskOptions, worker_id: str, work: Work) -> Any:
+    """Run a decorated task to its outcome: the value, or the error that Ray is to report."""
+    max_failures = options.max_failures if options.max_failures is not None else settings.max_failures
+    opened = open_worker(settings, identity, options, worker_id, max_failures=max_failures)
+    if isinstance(opened, rules.Finished):
+        return _recorded(opened, settings, options, work, max_failures)
+    return _Task(settings, identity, options, work, opened, max_failures).run()
+
+
+def _recorded(finished: rules.Finished, settings: Settings, options: TaskOptions, work: Work, max_failures: int) -> Any:
+    """Give the outcome that stands in the log; a value that could not be recorded is computed by the finished loops."""
+    record = finished.record
+    outcome = record.outcome
+    if outcome is None or outcome.status == "failed":
+        raise max_failures_exceeded(
+            record.worker_id, record.failures, max_failures=max_failures, poison_batch=_poison_batch(record.failures)
+        )
+    if outcome.recorded:
+        return _codec.decode(bytes(outcome.value))
+    handle = Checkpoint.in_memory(
+        task=options.name, worker_id=record.worker_id, run=settings.run, snapshot=record.snapshot, state=options.state
+    )
+    with entered(TaskContext(handle, settings)):
+        return work.call()
+
+
+class _Task:
+    """A claimed task: its attempts in this process, one after another."""
+
+    def __init__(
+        self, settings: Settings, identity: _ray.Identity, options: TaskOptions, work: Work, opened: OpenWorker, max_failures: int
+    ) -> None:
+        self._settings = settings
+        self._identity = identity
+        self._options = options
+        self._work = work
+        self._open = opened
+        self._max_failures = max_failures
+        self._wait_s: float | None = None  # what a predicate said
+        self._retried = False  # whether the last exception is one that is retried at all
+
+    @property
+    def _journal(self) -> Journal:
+        return self._open.journal
+
+    def run(self) -> Any:
+        """All attempts of this process."""
+        try:
+            return self._attempt()
+        except Exception as error:  # noqa: BLE001 - whatever the user's code raises is what this library is for
+            first = error
+        return self._retry(first)  # outside of the handler, or every later error would drag the first one along
+
+    def _retry(self, first: Exception) -> Any:
+        """Go on after a first failure, through tenacity."""
+        import tenacity  # 40 ms: a task that does not fail does not pay for it
+
+        backoff = self._options.backoff
+        exponential = tenacity.wait_random_exponential if backoff.jitter else tenacity.wait_exponential
+        wait = exponential(multiplier=backoff.initial, exp_base=backoff.factor, max=backoff.maximum)
+        pending = [first]
+
+        def attempt() -> Any:
+            if pending:
+                raise pending.pop()
+            return self._attempt()
+
+        retrying = tenacity.Retrying(
+            retry=tenacity.retry_if_exception(self._survives),
+            wait=lambda state: self._wait_s if self._wait_s is not None else wait(state),
+            before_sleep=self._record_failure,
+            sleep=self._sleep,
+            reraise=True,
+        )
+        try:
+            return retrying(attempt)
+        except Exception as error:  # noqa: BLE001 - as above
+            last = error
+        self._give_up(last)
+
+    def _attempt(self) -> Any:
+        """One execution of the body. What is not an `Exception` is noted, and goes its way."""
+        handle = self._open.handle
+        task = TaskContext(handle, self._settings, self._identity, self._journal.held.owner.local_retry)
+        try:
+            with entered(task):
+                value = self._work.call()
+            self._journal.raise_if_superseded()  # the body may have swallowed it
+            self._complete(value)
+        except Exception:
+            raise
+        except BaseException as error:
+            self._leave(error)
+            raise
+        return value
+
+    def _complete(self, value: Any) -> None:
+        """Record the outcome with the last state."""
+        snapshot = self._open.handle.finish()
+        self._journal.end(self._outcome(value), snapshot)
+        self._open.close("completed")
+
+    def _outcome(self, value: Any) -> Outcome:
+        """The outcome with the return value, unless that has to be computed again if it is ever asked for."""
+        try:
+            data = _codec.encode(value, path="return value")
+        except CheckpointNotSerializableError as error:
+            why = str(error)
+        else:
+            if len(data) <= MAX_RESULT_BYTES:
+                return Outcome("completed", recorded=True, value=msgspec.Raw(data))
+            why = f"it takes {len(data)} bytes, the limit is {MAX_RESULT_BYTES}"
+        text = (
+            f"the return value of task {self._options.name!r} cannot be recorded ({why}). If it is asked for again, the function is "
+            f"called again with its loops done. Return plain values, or write the result to a file and return its path."
+        )
+        _events.emit(logging.WARNING, "faultguard.result_not_recorded", text, run=self._settings.run, task=self._options.name)
+        return Outcome("completed")
+
+    # --- failures ---
+
+    def _survives(self, error: BaseException) -> bool:
+        """Whether the attempt that raised `error` is followed by another one of this budget."""
+        if not isinstance(error, Exception) or isinstance(error, SupersededError):
+            return False
+        answer = verdict(error, self._options.retry_on, self._options.give_up_on)
+        self._retried = answer is not False
+        if not self._retried:
+            return False
+        self._wait_s = answer.total_seconds() if isinstance(answer, timedelta) else None
+        return not exhausted(self._journal.held.charged + 1, self._max_failures)
+
+    def _record_failure(self, state: Any) -> None:
+        """Before the wait: the failure, the newest snapshot and the next claim, in one record. Then a new handle."""
+        error = state.outcome.exception()
+        failure = self._failure(error)
+        traceback.clear_frames(error.__traceback__)  # what the failed attempt held must not meet the next one
+        if not self._work.repeatable:
+            self._leave_for_new_arguments(failure)
+        before, journal = self._open, self._journal
+        before.close("recovered")
+        try:
+            journal.retry(failure)
+        except Exception as refused:
+            raise refused from error
+        schedule = Schedule(self._options.every, time.monotonic())
+        reopened = Journal(journal.log, journal.held, schedule, self._options.keep)
+        handle = _handle(self._settings, self._options, reopened, schedule, journal.held.durable)
+        self._open = OpenWorker(self._settings, self._identity, reopened, handle)
+        _say_resumed(handle, journal.held, self._max_failures, state.next_action.sleep)
+
+    def _leave_for_new_arguments(self, failure: FailureRecord) -> NoReturn:
+        """The arguments cannot be had twice in this process, and may have been changed: let Ray bring them anew."""
+        self._journal.leave(Ended("exception", charged=True), failure)
+        self._open.close("recovered")
+        _say_leaves(self._open.handle, failure)
+        leave_process()
+
+    def _give_up(self, error: Exception) -> NoReturn:
+        """No attempt follows: record that, and raise what the caller of `ray.get` is to see."""
+        journal = self._journal
+        if isinstance(error, SupersededError):
+            self._open.close("recovered")
+            raise error
+        failure = self._failure(error)
+        try:
+            journal.end(Outcome("failed", message=failure.message), failure=failure)
+        finally:
+            self._open.close("failed")
+        if not self._retried:
+            raise error
+        failures = journal.held.failures
+        raise max_failures_exceeded(
+            journal.held.worker_id,
+            failures,
+            max_failures=self._max_failures,
+            last_exception=error,
+            poison_batch=_poison_batch(failures),
+        )
+
+    def _failure(self, error: BaseException, cause: str = "exception") -> FailureRecord:
+        handle = self._open.handle
+        text = str(error)
+        return FailureRecord(
+            cause=cause,
+            attempt=self._journal.held.attempt,
+            batch=handle.current_batch,
+            message=f"{type(error).__name__}({text!r})"[:MAX_MESSAGE] if text else type(error).__name__,
+            node_id=self._identity.node_id,
+            pid=os.getpid(),
+            time=time.time(),
+            position=handle.position,
+        )
+
+    def _leave(self, error: BaseException) -> None:
+        """Cancel, exit and the like: flush the newest snapshot with a note, and stay out of the way."""
+        cause = _cause_of_leaving(error)
+        charged = is_charged(cause, progressed=self._journal.newest is not self._open.handle.restored)
+        failure = self._failure(error, cause) if charged else None
+        try:
+            self._journal.leave(Ended(cause, charged), failure)
+        except Exception as trouble:  # noqa: BLE001 - the BaseException must go on, whatever the store says
+            text = f"'{self._options.name}/{self._journal.held.worker_id}' could not note why it leaves: {trouble}"
+            _events.emit(logging.ERROR, "faultguard.leave_failed", text, **self._open.handle.fields())
+        self._open.close("cancelled" if cause == "cancelled" else "recovered")
+
+    def _sleep(self, seconds: float) -> None:
+        """Wait before a retry. On the main thread, blocked in `ray.get`, so that Ray lends the processor to others."""
+        deadline = time.monotonic() + seconds
+        if seconds > LONG_WAIT_S:
+            from faultguard import manager
+
+            with contextlib.suppress(ManagerUnavailableError, *_ray.UNREACHABLE):  # then the rest is slept
+                _ray.get_within(manager.find_or_make(self._settings).pause.remote(seconds), seconds)
+        time.sleep(max(deadline - time.monotonic(), 0.0))
+
+
+def leave_process() -> NoReturn:
+    """End this process at once, so that Ray runs the task again in another one."""
+    with contextlib.suppress(OSError, ValueError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(1)
+
+
+def _cause_of_leaving(error: BaseException) -> str:
+    if isinstance(error, KeyboardInterrupt):
+        return "cancelled"  # Ray's cancel, and nothing else, interrupts a task
+    if isinstance(error, SystemExit):
+        return "terminated" if _ray.was_terminated(error) else "exit"
+    return type(error).__name__
+
+
+def _poison_batch(failures: tuple[FailureRecord, ...]) -> int | None:
+    """The batch at which the last failures in a row happened, if there were enough of them."""
+    last = failures[-POISON_FAILURES:]
+    if len(last) < POISON_FAILURES or len({(failure.batch, failure.position) for failure in last}) > 1:
+        return None
+    return last[-1].batch
+
+
+# --- saying ---------------------------------------------------------------------------------------------------------
+
+
+def _say_resumed(handle: Checkpoint, held: rules.Held, max_failures: int, wait_s: float = 0.0) -> None:
+    """One line per failure and resume, ids first: Ray folds lines that are alike."""
+    failure = held.failures[-1]
+    of = "" if max_failures < 0 else f" of {max_failures + 1}"
+    total = handle.restored_total
+    where = f"batch {handle.current_batch}" + (f" of {total}" if total is not None else "")
+    ago = max(time.time() - failure.time, 0.0)
+    there = "there" if failure.batch == handle.current_batch else f"at batch {failure.batch}"
+    how = f"with {failure.message}" if failure.message else f"by {failure.cause} (pid {failure.pid})"
+    when = f" {ago:.1f} s ago" if failure.cause != "crash" else ""
+    after = f", after a wait of {wait_s:.1f} s" if wait_s >= LONG_WAIT_S else ""
+    _events.emit(
+        logging.WARNING,
+        "faultguard.attempt_resumed",
+        f"'{handle.task}/{handle.worker_id}' attempt {held.attempt}{of} resumes at {where}{after}: attempt {failure.attempt} failed "
+        f"{there}{when} {how}.",
+        **handle.fields(),
+        cause=failure.cause,
+        node=failure.node_id,
+        failed_pid=failure.pid,
+        failed_batch=failure.batch,
+        wait_s=round(wait_s, 3),
+        ago_s=round(ago, 3),
+    )
+
+
+def _say_leaves(handle: Checkpoint, failure: FailureRecord) -> None:
+    text = (
+        f"'{handle.task}/{handle.worker_id}' attempt {failure.attempt} failed at batch {failure.batch} with {failure.message}; a new process "
+        f"goes on, because the arguments are too large, or hold references, to be kept for a retry in this one."
+    )
+    _events.emit(logging.WARNING, "faultguard.attempt_left", text, **handle.fields(), cause=failure.cause)
+
+
+def _say_damaged(handle: Checkpoint, damaged: tuple[int, ...]) -> None:
+    text = (
+        f"'{handle.task}/{handle.worker_id}' found damaged checkpoint records {', '.join(map(str, damaged))} and set them aside; it goes on "
+        f"from the newest intact one."
+    )
+    _events.emit(logging.WARNING, "faultguard.record_damaged", text, **handle.fields(), damaged=list(damaged))

@@ -1,0 +1,198 @@
+"""`with checkpointed(...)`, `current()` and `batches()`: the handle of a worker, where the user's code asks for it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from faultguard import _attempt, _ray, _session
+from faultguard._core.log import Finished
+from faultguard._core.names import check_worker_id
+from faultguard._core.records import Ended, Outcome
+from faultguard._core.schedule import check_every
+from faultguard._handle import Checkpoint
+from faultguard.errors import UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from types import TracebackType
+
+    from faultguard._core.schedule import Every
+
+__all__ = ["batches", "checkpointed", "current", "refuse_not_yet"]
+
+T = TypeVar("T")
+MIN_KEEP = 2
+
+
+def refuse_not_yet(call: str, **given: tuple[object, object]) -> None:
+    """Refuse options that belong to a later version: `name=(value, default)`."""
+    for name, (value, default) in given.items():
+        if value != default:
+            msg = f"{call}({name}={value!r}) is refused: {name} does not work yet; leave it out"
+            raise UsageError(msg)
+
+
+class checkpointed:  # noqa: N801 - read as `with checkpointed(...)`
+    """Open a worker for a block; gives its handle, with the state restored.
+
+    In a decorated task, without an id or with the task's own, it is the handle of the task, to which the options then apply. With
+    another id it is a worker of its own for heartbeats and checkpoints, while failures are charged to the task. In a task that is
+    not decorated it registers, beats, checkpoints and resumes, and whoever calls decides about retries.
+
+    Args:
+        worker_id: any text up to 512 bytes.
+        state: copied and used when nothing is saved.
+        every: how often to write: "auto" (at most 1 % of the worker's time), a number of batches, or a timedelta. None: as the
+            decorator says, else "auto".
+        keep: how many saves stay, at least 2.
+        stall_timeout: not yet.
+        on_poison: not yet.
+        allow_pickle: not yet.
+
+    Raises:
+        UsageError: an option cannot work, or there is no task and no id.
+        DuplicateWorkerError: another live task holds the worker.
+
+    >>> import faultguard
+    >>> @faultguard.recoverable
+    ... def count(items):
+    ...     with faultguard._checkpointed(state={"n": 0}) as ckpt:
+    ...         for item in ckpt.batches(items):
+    ...             ckpt.state["n"] += item
+    ...     return ckpt.state["n"]
+    >>> count([1, 2, 3])  # called directly: in memory
+    6
+    """
+
+    def __init__(
+        self,
+        worker_id: str | None = None,
+        *,
+        state: Mapping[str, Any] | None = None,
+        every: Every | None = None,
+        keep: int = 3,
+        stall_timeout: float | None = None,
+        on_poison: str = "fail",
+        allow_pickle: bool = False,
+    ) -> None:
+        refuse_not_yet(
+            "checkpointed",
+            stall_timeout=(stall_timeout, None),
+            on_poison=(on_poison, "fail"),
+            allow_pickle=(allow_pickle, False),
+        )
+        self._worker_id = check_worker_id(worker_id) if worker_id is not None else None
+        self._state = state
+        self._every = check_every(every) if every is not None else None
+        self._keep = check_keep(keep)
+        self._opened: _attempt.OpenWorker | None = None  # a worker of this block's own
+
+    def __enter__(self) -> Checkpoint:
+        """Claim the worker, or take the handle of the task."""
+        task = _session.context()
+        around = task
+        while around is not None and self._worker_id not in {None, around.handle.worker_id}:
+            around = around.parent
+        if around is not None:
+            return self._use(around.handle)
+        if task is not None and task.settings is None:
+            handle = Checkpoint.in_memory(worker_id=self._worker_id or "direct", state=self._state)
+            return self._enter(_session.TaskContext(handle, parent=task))
+        return self._enter(self._open(task))
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        """End the worker of the block, or hand the task's handle back."""
+        if self._entered is not None:
+            self._entered.__exit__(kind, error, traceback)
+        if self._opened is None:
+            if error is None:
+                self._handle.leave_block()
+        elif error is None:
+            self._opened.journal.end(Outcome("completed"), self._handle.finish())
+            self._opened.close("completed")
+        else:
+            cause = "cancelled" if isinstance(error, KeyboardInterrupt) else "exception"
+            self._opened.journal.leave(Ended(cause, charged=False))
+            self._opened.close("cancelled" if cause == "cancelled" else "recovered")
+
+    def _use(self, handle: Checkpoint) -> Checkpoint:
+        """The handle of the task, with the options of this block."""
+        self._entered = None
+        self._handle = handle
+        if self._state is not None:
+            handle.default_state(self._state)
+        if self._every is not None:
+            handle.configure(self._every)
+        return handle
+
+    def _enter(self, task: _session.TaskContext) -> Checkpoint:
+        self._handle = task.handle
+        self._entered: _session.entered | None = _session.entered(task)
+        self._entered.__enter__()
+        return task.handle
+
+    def _open(self, task: _session.TaskContext | None) -> _session.TaskContext:
+        """A worker of its own."""
+        if self._worker_id is None:
+            msg = "checkpointed() without a worker_id needs a decorated task around it; write checkpointed('some-id'), or decorate the task"
+            raise UsageError(msg)
+        settings = _session.current_settings()
+        identity = task.identity if task is not None and task.identity is not None else _ray.identity()
+        options = _attempt.TaskOptions(
+            name=task.handle.task if task is not None else identity.task_name,
+            state=self._state,
+            every=self._every or "auto",
+            keep=self._keep,
+        )
+        local_retry = task.local_retry if task is not None else 0
+        opened = _attempt.open_worker(settings, identity, options, self._worker_id, max_failures=-1, local_retry=local_retry)
+        if isinstance(opened, Finished):  # this task has finished the block before it failed: its loops are done
+            record = opened.record
+            handle = Checkpoint.in_memory(
+                task=record.task, worker_id=record.worker_id, run=settings.run, snapshot=record.snapshot, state=self._state
+            )
+        else:
+            self._opened = opened
+            handle = opened.handle
+        return _session.TaskContext(handle, settings, identity, local_retry, parent=task)
+
+
+def check_keep(keep: object) -> int:
+    """How many saves stay.
+
+    Raises:
+        UsageError: not an int, or less than 2: one damaged record must not cost everything.
+    """
+    if isinstance(keep, bool) or not isinstance(keep, int) or keep < MIN_KEEP:
+        msg = f"keep={keep!r} is refused; it takes the number of saves that stay, at least {MIN_KEEP}: one damaged record must not cost everything"
+        raise UsageError(msg)
+    return keep
+
+
+def current() -> Checkpoint:
+    """The handle of the decorated task, or of the innermost `checkpointed` block, that this thread runs.
+
+    Raises:
+        UsageError: this thread runs none. A handle belongs to the thread of its task.
+    """
+    task = _session.context()
+    if task is None:
+        msg = (
+            "faultguard.current() is refused: this thread runs no decorated task. Decorate the task with @faultguard.recoverable, or open "
+            "`with faultguard._checkpointed(worker_id) as ckpt`; in a thread of your own, pass the handle on"
+        )
+        raise UsageError(msg)
+    return task.handle
+
+
+def batches(iterable: Iterable[T] | Callable[[int], Iterable[T]], *, name: str = "batches", total: int | None = None) -> Iterator[T]:
+    """`current().batches(...)`: go through the batches that are not done, saving as it goes.
+
+    >>> import faultguard
+    >>> @faultguard.recoverable
+    ... def shout(words):
+    ...     return [word.upper() for word in faultguard.batches(words)]
+    >>> shout(["a", "b"])
+    ['A', 'B']
+    """
+    return current().batches(iterable, name=name, total=total)

@@ -1,0 +1,442 @@
+"""The handle of a worker: its state, its loops, its checkpoints."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import msgspec
+
+from faultguard import _codec
+from faultguard._core.cursors import HAND_WRITTEN, Cursors, Loop, input_changed
+from faultguard._core.records import FailureRecord, Snapshot
+from faultguard._core.schedule import Every, Schedule
+from faultguard._tracking import tracker
+from faultguard.errors import UsageError
+
+if TYPE_CHECKING:
+    from faultguard._journal import Journal
+
+__all__ = ["Checkpoint"]
+
+T = TypeVar("T")
+SLOW_SKIP_S = 10.0
+_FRESH = Snapshot(state=msgspec.Raw(b"{}"))
+
+
+class Checkpoint:
+    """The handle of one attempt of a worker; what `checkpointed` and `current` give.
+
+    Attributes:
+        worker_id: the worker.
+        task: name of the decorated function.
+        run: name of the run.
+        attempt: of this worker, counted from 1.
+        resumed: whether it goes on from a checkpoint.
+        state: what the loop carries, a dict. Saved at batch boundaries, restored before the body runs.
+        failures: of this budget, oldest first.
+        token: fencing token, grows with every attempt: for the external sink.
+    """
+
+    def __init__(
+        self,
+        *,
+        run: str,
+        task: str,
+        worker_id: str,
+        journal: Journal | None,
+        snapshot: Snapshot | None,
+        schedule: Schedule,
+        life: int = 1,
+        attempt: int = 1,
+        token: int = 0,
+        failures: tuple[FailureRecord, ...] = (),
+        state: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Made by `checkpointed` and by the decorator, not by users."""
+        self.run = run
+        self.task = task
+        self.worker_id = worker_id
+        self.attempt = attempt
+        self.token = token
+        self.failures = failures
+        self.quarantined: tuple[int, ...] = ()
+        self.resumed = snapshot is not None
+        self.total_batches: int | None = None
+        self._life = life
+        self._journal = journal
+        self._schedule = schedule
+        self._restored = snapshot
+        self._cursors = Cursors(snapshot.loops if snapshot else ())
+        self._state: dict[str, Any] = _codec.decode(bytes(snapshot.state)) if snapshot else {}
+        self._tracked: dict[str, Any] = {}
+        self._untracked: dict[str, Any] = _codec.decode(bytes(snapshot.tracked)) if snapshot else {}
+        self._work_before_s = snapshot.work_s if snapshot else 0.0
+        self._started = time.monotonic()
+        self._closed = False
+        if state is not None:
+            self.default_state(state)
+
+    # --- what the user reads ---
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """What the loop carries."""
+        return self._state
+
+    @state.setter
+    def state(self, state: dict[str, Any]) -> None:
+        if not isinstance(state, dict):
+            msg = f"state must be a dict, not {type(state).__name__}; write ckpt.state['value'] = ..."
+            raise UsageError(msg)
+        self._state = state
+
+    @property
+    def current_batch(self) -> int:
+        """Batches done in the innermost loop, which is the index of the batch in hand."""
+        loop = self._cursors.innermost
+        return loop.done if loop is not None else 0
+
+    @property
+    def position(self) -> tuple[int, ...]:
+        """Batches done per open loop, outer to inner."""
+        return self._cursors.position
+
+    @property
+    def durable_batch(self) -> int:
+        """Batches done in the innermost loop of the newest durable checkpoint."""
+        return self._journal.durable_batch if self._journal is not None else self.current_batch
+
+    @property
+    def restored(self) -> Snapshot | None:
+        """The checkpoint that this attempt began with."""
+        return self._restored
+
+    @property
+    def restored_total(self) -> int | None:
+        """Batches of the loop that the checkpoint left last, where that is known."""
+        loop = self._cursors.innermost
+        return loop.length if loop is not None else None
+
+    # --- loops ---
+
+    def batches(self, iterable: Iterable[T] | Callable[[int], Iterable[T]], *, name: str = "batches", total: int | None = None) -> Iterator[T]:
+        """Go through the batches that are not done, saving as it goes. For a `for` statement in the thread of the task.
+
+        A batch is done when the loop asks for the next one. Loops nest, and may follow one another under different names.
+
+        Args:
+            iterable: a sequence, range or 1-d array (indexed); a callable, asked for `fn(start)`; a tracked iterable, which restores
+                itself; any other iterable is read and dropped up to where the work goes on.
+            name: of the loop, unique in its scope.
+            total: number of batches, where the iterable does not know it; for the reports.
+
+        Raises:
+            UsageError: the iterable cannot be resumed, or the name is taken.
+            InputChangedError: the input is not the one that the checkpoint was made with.
+        """
+        self._check_open("batches")
+        length = _check_iterable(iterable)
+        if not isinstance(name, str) or not name:
+            msg = f"name={name!r} of a loop is refused; it takes a non-empty str"
+            raise UsageError(msg)
+        return self._loop(iterable, name, length, total)
+
+    def _loop(self, iterable: Any, name: str, length: int | None, total: int | None) -> Iterator[Any]:
+        """The generator behind `batches`. Between two batches it does next to nothing unless something is due."""
+        cursors, schedule, clock = self._cursors, self._schedule, time.monotonic
+        loop, closed = cursors.open(name, length, total)
+        self.total_batches = loop.total
+        if closed:
+            self._boundary()
+        if loop.finished:
+            cursors.finish(loop)
+            return
+        scopes, inside = cursors.scopes, loop.depth + 1
+        try:
+            for item in self._source(iterable, loop):
+                loop.current = item
+                loop.in_hand = True
+                yield item
+                if loop.in_hand:  # else advance() has counted it
+                    loop.done += 1
+                    loop.in_hand = loop.last_known = False
+                    if len(scopes) > inside:
+                        del scopes[inside:]
+                    if clock() >= schedule.look_at:
+                        self._boundary()
+        except BaseException:
+            cursors.leave(loop)
+            raise
+        cursors.finish(loop)
+        self._boundary(0)
+
+    def _source(self, iterable: Any, loop: Loop) -> Iterator[Any]:
+        """The batches from where the loop goes on; what is skipped is compared with what the checkpoint remembers."""
+        start = loop.done
+        if callable(iterable) and not isinstance(iterable, Iterable):
+            return iter(iterable(start))
+        if any(iterable is tracked.source for tracked in self._tracked.values()):
+            return iter(iterable)
+        if start == 0:
+            return iter(iterable)
+        if _is_indexed(iterable):
+            if len(iterable) < start:
+                raise input_changed(loop, f"it has only {len(iterable)} batches")
+            self._compare(loop, iterable[start - 1])
+            return itertools.islice(iterable, start, None) if isinstance(iterable, (list, tuple)) else iter(iterable[start:])
+        return self._skip(iterable, loop, start)
+
+    def _skip(self, iterable: Any, loop: Loop, start: int) -> Iterator[Any]:
+        items = iter(iterable)
+        began = time.monotonic()
+        announced = False
+        item: Any = None
+        for index in range(start):
+            try:
+                item = next(items)
+            except StopIteration:
+                raise input_changed(loop, f"it ends after {index} batches") from None
+            if not announced and time.monotonic() - began > SLOW_SKIP_S:
+                announced = True
+                self._announce_slow_skip(loop, index)
+        self._compare(loop, item)
+        return items
+
+    def _announce_slow_skip(self, loop: Loop, index: int) -> None:
+        import logging
+
+        from faultguard import _events
+
+        _events.emit(
+            logging.WARNING,
+            "faultguard.slow_skip",
+            f"'{self.task}/{self.worker_id}' reads and drops the first {loop.done} batches of {loop.name!r} ({index} after "
+            f"{SLOW_SKIP_S:.0f} s): pass a sequence, or a callable fn(start), to skip them at once.",
+            **self.fields(),
+        )
+
+    def _compare(self, loop: Loop, item: Any) -> None:
+        if loop.last is not None and (found := _codec.fingerprint(item)) != loop.last:
+            raise input_changed(loop, f"its batch {loop.done - 1} was {loop.last} and is {found}")
+
+    # --- checkpoints ---
+
+    def advance(self, n: int = 1, *, wait: bool = False) -> None:
+        """The batch in hand is done; in a hand-written loop, `n` more are.
+
+        Args:
+            n: batches, at least 1; in a `batches` loop only 1.
+            wait: return when the checkpoint is durable.
+        """
+        self._check_open("advance")
+        if isinstance(n, bool) or not isinstance(n, int) or n < 1:
+            msg = f"advance({n!r}) is refused; it takes a number of batches, at least 1"
+            raise UsageError(msg)
+        loop = self._cursors.innermost if self._cursors.is_open else self._cursors.hand_written()
+        assert loop is not None  # noqa: S101 - an open loop is the innermost
+        if loop.name != HAND_WRITTEN and (n != 1 or not loop.in_hand):
+            why = "a batches() loop has one batch in hand" if n != 1 else "the batch in hand is done already"
+            msg = f"advance({n if n != 1 else ''}) is refused: {why}; the loop counts its batches itself"
+            raise UsageError(msg)
+        self._cursors.done(loop, n)
+        if wait:
+            self._schedule.boundary(time.monotonic(), n)
+            self._write_now()
+        elif time.monotonic() >= self._schedule.look_at:
+            self._boundary(n)
+
+    def save(self, *, wait: bool = False) -> None:
+        """Take a snapshot now. Only where no batch is in hand: before a loop, after `advance`, after a loop.
+
+        Args:
+            wait: return when it is durable; else it is written at once beside the loop.
+
+        Raises:
+            UsageError: a batch is half done, and resuming there would count it twice.
+        """
+        self._check_open("save")
+        if self._cursors.in_hand or self._cursors.holds_back:
+            msg = (
+                "save() in the middle of a batch is refused: on resume the batch would run again on a state that has half of it. "
+                "Call advance() first if the batch is done, or leave saving to batches()"
+            )
+            raise UsageError(msg)
+        if wait:
+            self._write_now()
+        elif self._journal is not None:
+            self._journal.offer(self._snapshot()[0], time.monotonic())
+
+    def track(self, **objects: Any) -> None:
+        """Carry objects that keep a state of their own; each is restored at this call.
+
+        Takes what has `state_dict()` and `load_state_dict()`; `random.Random`; NumPy and torch generators; the modules `random` and
+        `numpy.random`; or a pair `(get, set)` of callables.
+
+        >>> import random
+        >>> rng = random.Random(7)
+        >>> ckpt = Checkpoint.in_memory()
+        >>> ckpt.track(rng=rng)
+        """
+        self._check_open("track")
+        for name, source in objects.items():
+            if name in self._tracked:
+                msg = f"track({name}=...) is refused: {name!r} is tracked already in this attempt"
+                raise UsageError(msg)
+            tracked = tracker(name, source)
+            if name in self._untracked:
+                tracked.restore(self._untracked.pop(name))
+            self._tracked[name] = tracked
+
+    def idempotency_key(self, suffix: str | None = None) -> str:
+        """A key for the commit of this batch to an external system: the same in every attempt, another one for every batch."""
+        from faultguard._core.names import encode_name
+
+        where = ".".join(map(str, self.position)) or "0"
+        names = "/".join(encode_name(part) for part in (self.run, self.task, self.worker_id))
+        return f"{names}/{self._life}/{where}" + (f"/{suffix}" if suffix is not None else "")
+
+    def check(self) -> None:
+        """Raise if this attempt must stop.
+
+        It narrows the gap before an external commit and cannot close it: put `token` or `idempotency_key` into the commit.
+
+        Raises:
+            SupersededError: a later attempt owns the worker.
+        """
+        self._check_open("check")
+        if self._journal is not None:
+            self._journal.look()
+
+    # --- inside ---
+
+    @classmethod
+    def in_memory(
+        cls,
+        *,
+        task: str = "direct",
+        worker_id: str = "direct",
+        run: str = "memory",
+        state: Mapping[str, Any] | None = None,
+        snapshot: Snapshot | None = None,
+    ) -> Checkpoint:
+        """A handle that saves nothing: for a function that is called directly, and to compute a recorded result again."""
+        return cls(run=run, task=task, worker_id=worker_id, journal=None, snapshot=snapshot, schedule=Schedule("auto", 0.0), state=state)
+
+    def default_state(self, state: Mapping[str, Any]) -> None:
+        """The state to begin with where nothing is saved."""
+        self.check_state(state)
+        if not self.resumed and not self._cursors.marks():
+            self._state = copy.deepcopy(dict(state))
+
+    @staticmethod
+    def check_state(state: Any) -> Any:
+        """The option `state`, checked: a dict that can be saved, or None."""
+        if state is not None and not isinstance(state, Mapping):
+            msg = f"state={state!r} is refused; it takes a dict, such as state={{'rows': 0}}"
+            raise UsageError(msg)
+        if state is not None:
+            _codec.encode(dict(state))
+        return state
+
+    def configure(self, every: Every) -> None:
+        """Use another save interval from now on."""
+        self._schedule.configure(every)
+
+    def finish(self) -> Snapshot | None:
+        """The body is over without an exception: the last state, with every loop closed."""
+        self._cursors.close_left()
+        if self._journal is None:
+            return None
+        return self._snapshot()[0]
+
+    def leave_block(self) -> None:
+        """A block on this handle ends without an exception, the task goes on: its loops are over."""
+        self._cursors.close_left()
+        self._boundary(0)
+
+    def close(self) -> None:
+        """No more use of this handle."""
+        self._closed = True
+
+    def fields(self) -> dict[str, Any]:
+        """What every event of this attempt says."""
+        return {
+            "run": self.run,
+            "task": self.task,
+            "worker_id": self.worker_id,
+            "attempt": self.attempt,
+            "token": self.token,
+            "batch": self.current_batch,
+        }
+
+    def _check_open(self, call: str) -> None:
+        if self._closed:
+            msg = f"{call}() on the handle of worker {self.worker_id!r} attempt {self.attempt} is refused: the attempt is over"
+            raise UsageError(msg)
+
+    def _boundary(self, batches: int = 1) -> None:
+        """A batch is done, or a loop: take a snapshot if one is due, and hear what the writer has learned."""
+        take = self._schedule.boundary(time.monotonic(), batches)
+        if self._journal is not None:
+            self._journal.raise_trouble()
+        if take and not self._cursors.holds_back:
+            snapshot, due = self._snapshot()
+            if self._journal is not None:
+                self._journal.offer(snapshot, due)
+
+    def _write_now(self) -> None:
+        snapshot, _ = self._snapshot()
+        if self._journal is not None:
+            self._journal.write(snapshot)
+
+    def _snapshot(self) -> tuple[Snapshot, float]:
+        """Encode everything as it is now, which must be a boundary, and when to write it."""
+        started = time.perf_counter()
+        for loop in self._cursors.loops():
+            if not loop.last_known and loop.name != HAND_WRITTEN:
+                loop.last = _codec.fingerprint(loop.current)
+                loop.last_known = True
+        tracked = b"{}"
+        if self._tracked or self._untracked:
+            tracked = _codec.encode(
+                {**self._untracked, **{name: source.save() for name, source in self._tracked.items()}}, path="tracked"
+            )
+        snapshot = Snapshot(
+            state=msgspec.Raw(_codec.encode(self._state)),
+            loops=self._cursors.marks(),
+            tracked=msgspec.Raw(tracked),
+            work_s=round(self._work_before_s + time.monotonic() - self._started, 3),
+        )
+        due = self._schedule.encoded(time.monotonic(), time.perf_counter() - started)
+        return snapshot, due
+
+
+def _is_indexed(iterable: Any) -> bool:
+    return isinstance(iterable, Sequence) or (hasattr(iterable, "shape") and hasattr(iterable, "__getitem__"))
+
+
+def _check_iterable(iterable: Any) -> int | None:
+    """The number of batches where it is known; refuses what cannot be resumed, with the way out."""
+    kind = type(iterable)
+    module = kind.__module__.partition(".")[0]
+    way_out = None
+    if isinstance(iterable, (str, bytes, bytearray)):
+        way_out = "its batches would be single characters; pass a list of items, such as text.splitlines()"
+    elif isinstance(iterable, Mapping):
+        way_out = "a mapping gives only its keys; pass list(mapping.items())"
+    elif module in {"pandas", "polars"} and kind.__name__ in {"DataFrame", "LazyFrame"}:
+        way_out = "a data frame gives only the names of its columns; pass a range over its rows, or a list of slices"
+    elif kind.__module__.startswith("ray.data"):
+        way_out = "a Ray Dataset has no fixed order of batches; use Ray Data's own checkpointing, or pass a list of files"
+    elif getattr(iterable, "ndim", 1) != 1:
+        way_out = f"an array of {iterable.ndim} dimensions is ambiguous; pass range(len(array)), or list(array)"
+    elif not callable(iterable) and not isinstance(iterable, Iterable) and not hasattr(iterable, "__getitem__"):
+        way_out = "it is no iterable; pass a sequence, an iterable, or a callable fn(start)"
+    if way_out is not None:
+        msg = f"batches({kind.__name__}) is refused: {way_out}"
+        raise UsageError(msg)
+    return len(iterable) if _is_indexed(iterable) else None

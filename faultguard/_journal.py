@@ -1,0 +1,228 @@
+"""The newest snapshot of a worker and its way to the store: beside the user's thread, or on it where that must wait.
+
+One writer thread serves all workers of the process. It never beats, and the beater never writes: a store that hangs must not
+make a worker look dead.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+import time
+from typing import TYPE_CHECKING
+
+from faultguard import _events
+from faultguard._core import log as rules
+from faultguard._core.records import Ended
+from faultguard._core.schedule import NOW, snapshot_to_flush
+from faultguard._sidecar import Sidecar
+from faultguard.errors import CheckpointStoreError, SupersededError
+
+if TYPE_CHECKING:
+    from faultguard._core.records import FailureRecord, Outcome, Snapshot
+    from faultguard._core.schedule import Schedule
+    from faultguard._log import StoredLog
+
+__all__ = ["Journal"]
+
+STORE_RETRY_S = 1.0
+STORE_PATIENCE_S = 60.0  # how long a store may fail before the loop is told; nothing durable is lost meanwhile
+
+
+class Journal:
+    """What one attempt writes about its worker.
+
+    Args:
+        log: the worker's log.
+        held: what the claim was granted.
+        schedule: told of every write and its cost.
+        keep: how many saves stay in the log, at least 2.
+    """
+
+    def __init__(self, log: StoredLog, held: rules.Held, schedule: Schedule, keep: int) -> None:
+        self.log = log
+        self.held = held
+        self.superseded = False
+        self._schedule = schedule
+        self._keep = keep
+        self._lock = threading.Lock()  # one write in flight
+        self._newest: Snapshot | None = None  # taken by this attempt or an earlier one of this process
+        self._due = math.inf
+        self._failing_since: float | None = None
+        self._error: CheckpointStoreError | None = None
+        self._served = False
+        self._closed = False  # the last record of this attempt is written: whatever is pending must not come after it
+
+    @property
+    def durable_batch(self) -> int:
+        """Batches done in the innermost loop of what is durable."""
+        durable = self.held.durable
+        return durable.batch if durable is not None else 0
+
+    def offer(self, snapshot: Snapshot, due: float) -> None:
+        """Take a snapshot, to be written at `due` (monotonic seconds) unless a newer one comes; the newest always counts."""
+        self._newest = snapshot
+        if self._due == math.inf and due != math.inf:
+            self._due = due
+            if self._served:
+                _writer.wake()
+            else:
+                self._served = True
+                _writer.add(self)
+
+    def write(self, snapshot: Snapshot) -> None:
+        """Write a snapshot now, on this thread; durable on return.
+
+        Raises:
+            SupersededError: a later attempt owns the worker.
+            CheckpointStoreError: the store did not take it.
+        """
+        self._newest = snapshot
+        with self._lock:
+            self._write_newest()
+        self.raise_if_superseded()
+
+    def write_due(self, now: float) -> float:
+        """On the writer thread: write the newest snapshot if it is due. Returns when to come again."""
+        if now < self._due:
+            return self._due
+        with self._lock:
+            self._due = math.inf
+            try:
+                self._write_newest()
+            except CheckpointStoreError as error:
+                self._due = now + STORE_RETRY_S
+                self._trouble(error, now)
+            else:
+                self._failing_since = self._error = None
+        return self._due
+
+    def raise_trouble(self) -> None:
+        """At a boundary: tell the loop what the writer learned.
+
+        Raises:
+            SupersededError: a later attempt owns the worker.
+            CheckpointStoreError: the store has failed for too long.
+        """
+        self.raise_if_superseded()
+        if self._failing_since is not None and time.monotonic() - self._failing_since > STORE_PATIENCE_S and self._error:
+            raise self._error
+
+    def raise_if_superseded(self) -> None:
+        """Raise `SupersededError` if a later attempt was seen in the log."""
+        if self.superseded:
+            self._schedule.look_at = NOW  # should the body swallow it, the next boundary raises it again
+            raise superseded(self.held.worker_id, self.held.attempt, self.held.token)
+
+    def look(self) -> None:
+        """Look into the log whether somebody is above; raise `SupersededError` then."""
+        with self._lock:
+            numbers = self.log.run(_listing())
+            self.superseded = self.superseded or max(numbers, default=0) > self.held.last
+        self.raise_if_superseded()
+
+    def retry(self, failure: FailureRecord) -> None:
+        """Record a failure, the newest snapshot and the claim of the next attempt, at once."""
+        with self._lock:
+            snapshot = snapshot_to_flush(self._newest, self.held.durable)
+            self._last(self.log.run(rules.retry_record(self.held, snapshot, failure, time.time())))
+        self.raise_if_superseded()
+
+    def leave(self, ended: Ended, failure: FailureRecord | None = None) -> None:
+        """Note in the log, with the newest snapshot, that the attempt leaves, and why."""
+        with self._lock:
+            snapshot = snapshot_to_flush(self._newest, self.held.durable)
+            saved = self.log.run(rules.save(self.held, snapshot, time.time(), ended=ended, failure=failure))
+            self._last(saved)
+        self.raise_if_superseded()
+
+    def end(self, outcome: Outcome, snapshot: Snapshot | None = None, failure: FailureRecord | None = None) -> None:
+        """Record the outcome with the last state."""
+        with self._lock:
+            snapshot = snapshot if snapshot is not None else snapshot_to_flush(self._newest, self.held.durable)
+            ended = Ended("exception", charged=True) if failure is not None else None
+            saved = self.log.run(rules.save(self.held, snapshot, time.time(), ended=ended, failure=failure, outcome=outcome))
+            self._last(saved)
+        self.raise_if_superseded()
+
+    def close(self) -> None:
+        """Let the writer thread go; after `leave`, `end` or `retry` nothing is pending."""
+        self._due = math.inf
+        if self._served:
+            self._served = False
+            _writer.remove(self)
+
+    @property
+    def newest(self) -> Snapshot | None:
+        """The newest snapshot, durable or not."""
+        return snapshot_to_flush(self._newest, self.held.durable)
+
+    def _write_newest(self) -> None:
+        """Under the lock."""
+        snapshot = self._newest
+        if snapshot is None or snapshot is self.held.durable or self.superseded or self._closed:
+            return
+        started = time.thread_time()
+        self._outcome_of(self.log.run(rules.save(self.held, snapshot, time.time())))
+        if not self.superseded:
+            self._clean_up()
+        self._schedule.written(time.monotonic(), time.thread_time() - started)
+
+    def _last(self, saved: bool) -> None:  # noqa: FBT001 - the answer of the rules
+        """Under the lock: that was the last record of this attempt."""
+        self._closed = True
+        self._outcome_of(saved)
+
+    def _outcome_of(self, saved: bool) -> None:  # noqa: FBT001 - the answer of the rules
+        if not saved:
+            self.superseded = True
+            self._schedule.look_at = NOW
+
+    def _clean_up(self) -> None:
+        try:
+            self.log.run(rules.retain(self.held, self._keep))
+        except CheckpointStoreError as error:  # the save is durable; what could not be deleted is tried again after the next one
+            fields = {"worker_id": self.held.worker_id, "task": self.held.task, "error": str(error)}
+            _events.emit(logging.WARNING, "faultguard.retention_failed", f"old checkpoints could not be deleted: {error}", **fields)
+
+    def _trouble(self, error: CheckpointStoreError, now: float) -> None:
+        self._error = error
+        self._schedule.look_at = NOW
+        if self._failing_since is None:
+            self._failing_since = now
+            _events.emit(
+                logging.WARNING,
+                "faultguard.store_failed",
+                f"'{self.held.task}/{self.held.worker_id}' cannot save: {error}. Trying again; the loop stops after {STORE_PATIENCE_S:.0f} s.",
+                worker_id=self.held.worker_id,
+                task=self.held.task,
+                attempt=self.held.attempt,
+                token=self.held.token,
+            )
+
+
+def superseded(worker_id: str, attempt: int, token: int) -> SupersededError:
+    """The error for an attempt that has a successor."""
+    msg = (
+        f"worker {worker_id!r} attempt {attempt} (token {token}) was replaced by a later attempt; its writes are ignored. "
+        f"Stop this loop; nothing is lost"
+    )
+    return SupersededError(msg, worker_id=worker_id, attempt=attempt, token=token)
+
+
+def _listing() -> rules.Generator[rules.Op, list[int], list[int]]:
+    return (yield rules.List())
+
+
+def _work(journals: list[Journal]) -> float:
+    now = time.monotonic()
+    return min((journal.write_due(now) for journal in journals), default=math.inf)
+
+
+def _report(name: str, error: Exception) -> None:
+    text = f"thread {name} goes on after an error of its own: {error!r}"
+    _events.emit(logging.ERROR, "faultguard.thread_error", text, thread=name, error=repr(error))
+
+
+_writer: Sidecar[Journal] = Sidecar("faultguard-writer", _work, _report)

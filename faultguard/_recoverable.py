@@ -1,0 +1,415 @@
+"""The decorator: it makes a Ray task survive, and keeps its signature."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import types
+from typing import TYPE_CHECKING, Any, Generic, ParamSpec, Protocol, TypeVar, overload
+
+import msgspec
+import ray
+
+from faultguard import _packing, _ray, _session, _settings
+from faultguard._attempt import TaskOptions, Work, run_task
+from faultguard._core.names import check_worker_id
+from faultguard._core.schedule import Every, check_every
+from faultguard._handle import Checkpoint
+from faultguard._checkpointed import refuse_not_yet
+from faultguard.errors import UsageError
+from faultguard.policy import Backoff, Matcher, check_matcher
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from ray import ObjectRef
+
+    from faultguard._settings import Settings
+
+__all__ = ["RecoverableFunction", "recoverable"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+R_co = TypeVar("R_co", covariant=True)
+EXTRA_RAY_RETRIES = 20  # ends that are not charged (drain, leaving) use up Ray's count, too
+_OWN_BY_HAND = ("max_retries", "retry_exceptions")
+
+
+class _RemoteLike(Protocol[P, R_co]):
+    """What `@ray.remote` makes of a function."""
+
+    def remote(self, *args: P.args, **kwargs: P.kwargs) -> ObjectRef[R_co]: ...
+
+
+class _Decorator(Protocol):
+    @overload
+    def __call__(self, function: _RemoteLike[P, R]) -> RecoverableFunction[P, R]: ...
+    @overload
+    def __call__(self, function: Callable[P, R]) -> Callable[P, R]: ...
+
+
+class _Header(msgspec.Struct, frozen=True):
+    """What travels with a task that our `.remote()` submits."""
+
+    settings: _settings.Settings
+    worker_id: str | None = None
+
+
+@overload
+def recoverable(max_failures: _RemoteLike[P, R], /) -> RecoverableFunction[P, R]: ...
+@overload
+def recoverable(max_failures: Callable[P, R], /) -> Callable[P, R]: ...
+@overload
+def recoverable(
+    max_failures: int | None = None,
+    *,
+    worker_id: str | Callable[..., str] | None = None,
+    name: str | None = None,
+    state: Mapping[str, Any] | None = None,
+    every: Every = "auto",
+    retry_on: Matcher = Exception,
+    give_up_on: Matcher = (),
+    backoff: Backoff = ...,
+    stall_timeout: float | None = None,
+    reset_on_progress: bool = False,
+    fresh_process_on: tuple[type[Exception], ...] = (),
+    on_poison: str = "fail",
+) -> _Decorator: ...
+def recoverable(  # noqa: PLR0913 - options of a decorator, keyword-only
+    max_failures: Any = None,
+    *,
+    worker_id: str | Callable[..., str] | None = None,
+    name: str | None = None,
+    state: Mapping[str, Any] | None = None,
+    every: Every = "auto",
+    retry_on: Matcher = Exception,
+    give_up_on: Matcher = (),
+    backoff: Backoff = Backoff(),  # noqa: B008 - frozen
+    stall_timeout: float | None = None,
+    reset_on_progress: bool = False,
+    fresh_process_on: tuple[type[Exception], ...] = (),
+    on_poison: str = "fail",
+) -> Any:
+    """Make a Ray task go on from its last checkpoint after an exception or the death of its process.
+
+    Goes above `@ray.remote`; on a plain function it gives a function, to be used directly or below `@ray.remote`.
+
+    Args:
+        max_failures: failures that a worker survives, one budget for exceptions and crashes; 0 none, -1 any number. Default: what
+            `init` says, 3.
+        worker_id: name of the parameter that identifies the worker, or a callable on the arguments. Default: the parameter called
+            `worker_id`, else every `.remote()` is new work.
+        name: of the task; default its qualified name.
+        state: what `current().state` begins with.
+        every: how often to write a checkpoint: "auto" (at most 1 % of the worker's time), a number of batches, or a timedelta.
+        retry_on: exceptions that are retried: a type, a tuple, or a predicate `exc -> bool | timedelta` (the wait).
+        give_up_on: exceptions that are not, of those.
+        backoff: the waits between retries.
+        stall_timeout: not yet.
+        reset_on_progress: not yet.
+        fresh_process_on: not yet.
+        on_poison: not yet.
+
+    Raises:
+        UsageError: an option, or what is decorated, cannot work; the text says what to write.
+
+    >>> import faultguard
+    >>> @faultguard.recoverable(max_failures=1)
+    ... def total(numbers):
+    ...     ckpt = faultguard.current()
+    ...     for number in ckpt.batches(numbers):
+    ...         ckpt.state["total"] = ckpt.state.get("total", 0) + number
+    ...     return ckpt.state["total"]
+    >>> total(range(4))
+    6
+    """
+    bare = max_failures is not None and not isinstance(max_failures, (int, float, str))
+    refuse_not_yet(
+        "recoverable",
+        stall_timeout=(stall_timeout, None),
+        reset_on_progress=(reset_on_progress, False),
+        fresh_process_on=(fresh_process_on, ()),
+        on_poison=(on_poison, "fail"),
+    )
+    if not isinstance(backoff, Backoff):
+        msg = f"backoff={backoff!r} is refused; it takes faultguard.Backoff(initial=1.0, factor=5.0, maximum=300.0)"
+        raise UsageError(msg)
+    if worker_id is not None and not isinstance(worker_id, str) and not callable(worker_id):
+        msg = f"worker_id={worker_id!r} is refused; the decorator takes the name of a parameter, or a callable on the arguments"
+        raise UsageError(msg)
+    options = TaskOptions(
+        name=name if name is None else check_worker_id(name),  # type: ignore[arg-type] # set when the function is known
+        max_failures=None if bare or max_failures is None else _settings.check_max_failures(max_failures),
+        worker_id=worker_id,
+        state=Checkpoint.check_state(state),
+        every=check_every(every),
+        retry_on=check_matcher("retry_on", retry_on),
+        give_up_on=check_matcher("give_up_on", give_up_on),
+        backoff=backoff,
+    )
+    decorate = functools.partial(_decorate, options=options)
+    return decorate(max_failures) if bare else decorate
+
+
+def _decorate(target: Any, *, options: TaskOptions) -> Any:
+    if _ray.is_remote_function(target):
+        function, ray_options = _ray.function_and_options(target)
+        _refuse_function(function)
+        for name in _OWN_BY_HAND:
+            if name in ray_options:
+                msg = (
+                    f"@ray.remote({name}={ray_options[name]!r}) under @recoverable is refused: two owners of retries break the budget. "
+                    f"Remove it; max_failures of @recoverable counts exceptions and crashes alike"
+                )
+                raise UsageError(msg)
+        return RecoverableFunction(function, _named(options, function), ray_options)
+    _refuse_target(target)
+    _refuse_function(target)
+    return _wrap_plain(target, _named(options, target))
+
+
+def _named(options: TaskOptions, function: Callable[..., Any]) -> TaskOptions:
+    fields = {name: getattr(options, name) for name in TaskOptions.__slots__}
+    named = TaskOptions(**{**fields, "name": options.name or function.__qualname__})
+    if isinstance(named.worker_id, str) and named.worker_id not in inspect.signature(function).parameters:
+        msg = f"worker_id={named.worker_id!r} is refused: {named.name}{inspect.signature(function)} has no parameter of that name"
+        raise UsageError(msg)
+    return named
+
+
+def _refuse_target(target: Any) -> None:
+    """Refuse what is neither a remote nor a plain function, with the way out."""
+    way_out = None
+    if isinstance(target, RecoverableFunction) or hasattr(target, "__faultguard__"):
+        way_out = "it is recoverable already; decorate it once"
+    elif _ray.is_actor_class(target):
+        way_out = "it is an actor class; use `with faultguard._checkpointed(worker_id)` inside its methods"
+    elif isinstance(target, type):
+        way_out = "it is a class; decorate a function, or use `with faultguard._checkpointed(worker_id)` inside the methods of an actor"
+    elif _ray.is_options_wrapper(target):
+        way_out = (
+            "it is what .options() of a remote function gives, from which Ray does not give the function back; decorate the remote "
+            "function and call .options() on the result"
+        )
+    elif isinstance(target, functools.partial):
+        way_out = "it is a partial, which Ray cannot run; write a function that calls it"
+    elif not isinstance(target, types.FunctionType):
+        way_out = f"it is of type {type(target).__name__}; decorate a function defined with def"
+    if way_out is not None:
+        msg = f"@recoverable on {target!r} is refused: {way_out}"
+        raise UsageError(msg)
+
+
+def _refuse_function(function: Callable[..., Any]) -> None:
+    name = function.__qualname__
+    if inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
+        msg = f"@recoverable on {name!r} is refused: Ray tasks cannot be async def; write def, and asyncio.run(...) inside"
+        raise UsageError(msg)
+    if inspect.isgeneratorfunction(function):
+        msg = (
+            f"@recoverable on {name!r} is refused: it is a generator, and a streaming generator that resumes loses items silently in Ray; "
+            f"return a list, or write each batch to a file and return the paths"
+        )
+        raise UsageError(msg)
+
+
+# --- above @ray.remote ----------------------------------------------------------------------------------------------
+
+
+class RecoverableFunction(Generic[P, R]):
+    """A remote function that recovers: `.remote()`, `.options()`, `.bind()` as of `@ray.remote`.
+
+    Called directly, not through Ray, the function runs once with its state in memory: for unit tests.
+    """
+
+    def __init__(
+        self,
+        function: Callable[P, R],
+        options: TaskOptions,
+        ray_options: dict[str, Any],
+        worker_id: str | None = None,
+    ) -> None:
+        functools.update_wrapper(self, function)
+        self._function = function
+        self._options = options
+        self._ray_options = ray_options
+        self._worker_id = worker_id
+        self._signature = inspect.signature(function)
+        self._remotes: dict[int, Any] = {}
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        """Run the function here, once, with its state in memory."""
+        return _call_directly(self._function, self._options, args, kwargs)
+
+    def remote(self, *args: P.args, **kwargs: P.kwargs) -> ObjectRef[R]:
+        """Submit the task; gives what Ray's `.remote()` gives.
+
+        Raises:
+            UsageError: the worker id is not one, or the place of the checkpoints cannot work.
+            TypeError: the arguments do not fit the signature.
+        """
+        settings = _session.current_settings()
+        header = self._header(settings, args, kwargs)
+        payload = _packing.pack(args, kwargs) if args or kwargs else b""
+        submit = self._remote(settings).remote
+        reference: ObjectRef[R] = submit(header, payload) if payload is not None else submit(header, None, *args, **kwargs)
+        return reference
+
+    def bind(self, *args: Any, **kwargs: Any) -> Any:
+        """A node of a Ray DAG."""
+        settings = _session.current_settings()
+        return self._remote(settings).bind(self._header(settings, args, kwargs), None, *args, **kwargs)
+
+    def options(self, *, worker_id: str | None = None, resume: str | None = None, **ray_options: Any) -> RecoverableFunction[P, R]:
+        """The same function with other options: `worker_id`, and those of Ray.
+
+        Raises:
+            UsageError: `max_retries` or `retry_exceptions` is given: the budget has one owner.
+        """
+        refuse_not_yet("options", resume=(resume, None))
+        for name in _OWN_BY_HAND:
+            if name in ray_options:
+                msg = f".options({name}=...) on a recoverable task is refused: two owners of retries break the budget; set max_failures instead"
+                raise UsageError(msg)
+        if ray_options.get("num_returns") in {"dynamic", "streaming"}:
+            msg = ".options(num_returns='dynamic' or 'streaming') is refused: a generator that resumes loses items; return a list"
+            raise UsageError(msg)
+        chosen = check_worker_id(worker_id) if worker_id is not None else self._worker_id
+        return RecoverableFunction(self._function, self._options, {**self._ray_options, **ray_options}, chosen)
+
+    def _header(self, settings: Settings, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bytes:
+        worker_id = self._worker_id
+        bound = self._signature.bind(*args, **kwargs)  # a TypeError here, not in the task
+        if worker_id is None:
+            worker_id = _worker_id(self._options, bound)
+        return msgspec.json.encode(_Header(settings, worker_id))
+
+    def _remote(self, settings: Settings) -> Any:
+        failures = self._options.max_failures if self._options.max_failures is not None else settings.max_failures
+        if failures not in self._remotes:
+            retries = failures + EXTRA_RAY_RETRIES if failures >= 0 else -1
+            entry = _entry(self._function, self._options)
+            self._remotes[failures] = ray.remote(**{**self._ray_options, "max_retries": retries, "retry_exceptions": False})(entry)
+        return self._remotes[failures]
+
+    def __reduce__(self) -> Any:
+        """Travel without what was exported to one cluster."""
+        return RecoverableFunction, (self._function, self._options, self._ray_options, self._worker_id)
+
+
+def _entry(function: Callable[..., Any], options: TaskOptions) -> Callable[..., Any]:
+    """What Ray runs. It travels by value, so it reaches everything through an import, and captures only what is the user's."""
+
+    def entry(*arguments: Any, **keywords: Any) -> Any:
+        from faultguard._recoverable import run_entry
+
+        return run_entry(function, options, arguments, keywords)
+
+    for attribute in ("__name__", "__qualname__", "__module__", "__doc__"):
+        setattr(entry, attribute, getattr(function, attribute))
+    return entry
+
+
+def run_entry(function: Callable[..., Any], options: TaskOptions, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+    """In the worker: run a task that `RecoverableFunction.remote` submitted."""
+    encoded, payload, *rest = arguments
+    header = msgspec.json.decode(encoded, type=_Header)
+    identity = _ray.identity()
+
+    def call() -> Any:
+        if payload is None:
+            return function(*rest, **keywords)
+        args, kwargs = _packing.unpack(payload) if payload else ((), {})
+        return function(*args, **kwargs)
+
+    worker_id = header.worker_id or identity.task_id
+    return run_task(header.settings, identity, options, worker_id, Work(call, repeatable=payload is not None))
+
+
+# --- below @ray.remote, and plain -----------------------------------------------------------------------------------
+
+
+def _wrap_plain(function: Callable[P, R], options: TaskOptions) -> Callable[P, R]:
+    """A function that recovers when Ray runs it, and runs once, in memory, when it is called."""
+
+    @functools.wraps(function)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        from faultguard._recoverable import run_plain
+
+        return run_plain(function, options, args, kwargs)
+
+    wrapper.__faultguard__ = True  # type: ignore[attr-defined] # so that a second decoration is noticed
+    wrapper.__ray_invocation_decorator__ = functools.partial(_check_submission, options)  # type: ignore[attr-defined] # Ray's hook
+    return wrapper
+
+
+def run_plain(function: Callable[..., Any], options: TaskOptions, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run a plain decorated function: as the task that it is, or directly."""
+    if _session.context() is not None or not _ray.is_ready() or _ray.is_driver():
+        return _call_directly(function, options, args, kwargs)
+    identity = _ray.identity()
+    if identity.function_name.rpartition(".")[2] != function.__name__:
+        return _call_directly(function, options, args, kwargs)
+    payload = _packing.pack(args, kwargs)
+    first = [(args, kwargs)]
+
+    def call() -> Any:
+        if payload is not None:
+            fresh_args, fresh_kwargs = _packing.unpack(payload)
+        else:
+            fresh_args, fresh_kwargs = first.pop()
+        return function(*fresh_args, **fresh_kwargs)
+
+    worker_id = _worker_id(options, inspect.signature(function).bind(*args, **kwargs)) or identity.task_id
+    return run_task(_session.current_settings(), identity, options, worker_id, Work(call, repeatable=payload is not None))
+
+
+def _call_directly(function: Callable[..., Any], options: TaskOptions, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    handle = Checkpoint.in_memory(task=options.name, state=options.state)
+    with _session.entered(_session.TaskContext(handle)):
+        return function(*args, **kwargs)
+
+
+def _check_submission(options: TaskOptions, invocation: Callable[..., Any]) -> Callable[..., Any]:
+    """At the first `.remote()` below `@ray.remote`: Ray must retry at least as often as the budget allows."""
+
+    def submit(*args: Any, **kwargs: Any) -> Any:
+        settings = _session.current_settings()
+        variables = _ray.options_at_submission(invocation)
+        failures = options.max_failures if options.max_failures is not None else settings.max_failures
+        if variables is None:
+            _warn_unreadable(options.name)
+        else:
+            retries = variables["max_retries"]
+            if retries != -1 and (failures < 0 or retries < failures + 1):
+                needed = "-1" if failures < 0 else f"{failures + EXTRA_RAY_RETRIES} (at least {failures + 1})"
+                msg = (
+                    f"task {options.name!r} is submitted with Ray's max_retries={retries}, too few for max_failures={failures}. Write "
+                    f"@recoverable above @ray.remote, which sets it, or @ray.remote(max_retries={needed})"
+                )
+                raise UsageError(msg)
+        return invocation(*args, **kwargs)
+
+    return submit
+
+
+@functools.lru_cache(maxsize=1000)
+def _warn_unreadable(name: str) -> None:
+    import logging
+
+    from faultguard import _events
+
+    text = f"Ray's max_retries of task {name!r} cannot be read; set it to at least max_failures + 1, or write @recoverable above @ray.remote."
+    _events.emit(logging.WARNING, "faultguard.retries_unknown", text, task=name)
+
+
+def _worker_id(options: TaskOptions, bound: inspect.BoundArguments) -> str | None:
+    """The worker id that the arguments say; None where they say none."""
+    chosen = options.worker_id
+    if callable(chosen):
+        return check_worker_id(chosen(*bound.args, **bound.kwargs))
+    parameter = chosen or "worker_id"
+    if chosen is None and parameter not in bound.signature.parameters:
+        return None
+    bound.apply_defaults()
+    return check_worker_id(bound.arguments[parameter])

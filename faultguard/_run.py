@@ -1,0 +1,205 @@
+"""The run of a driver: it starts, says so, and at the normal end keeps the records and drops the checkpoints."""
+
+from __future__ import annotations
+
+import atexit
+import sys
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from faultguard import _ray, _session, _settings
+from faultguard._core.names import record_number
+from faultguard._core.records import FailureRecord, Outcome, Record, decode_record
+from faultguard.errors import UsageError
+from faultguard.storage import open_store
+
+if TYPE_CHECKING:
+    import os
+    from types import TracebackType
+
+    from faultguard._settings import Settings
+    from faultguard.storage import Store
+
+__all__ = ["Run", "init", "shutdown", "start_run"]
+
+KEPT_RUNS = 10
+_SUMMARY = "runs/"
+_hooked = False
+
+
+class Run:
+    """What `init` returns: a context manager that ends the run.
+
+    Attributes:
+        name: of the run.
+        checkpoint_dir: where its checkpoints are, absolute.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self.name = settings.run
+        self.checkpoint_dir = settings.checkpoint_dir
+
+    def __enter__(self) -> Run:
+        """The run, started."""
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        """End the run; after an exception everything stays for a look."""
+        shutdown(_failed=kind is not None)
+
+
+def init(
+    run: str | None = None,
+    checkpoint_dir: str | os.PathLike[str] | None = None,
+    *,
+    resume: str = "auto",
+    takeover: bool = False,
+    max_failures: int | None = None,
+    heartbeat_interval: float | None = None,
+    heartbeat_timeout: float | None = None,
+    check_args: bool | None = None,
+    progress: bool | None = None,
+) -> Run:
+    """Start a run with options of its own; also a context manager. Optional: everything works with defaults.
+
+    Does not start Ray. The store is tested before it returns. Every option can come from the environment instead
+    (`FAULTGUARD_CHECKPOINT_DIR`, `FAULTGUARD_MAX_FAILURES`, ...).
+
+    Args:
+        run: name of a durable run. Not yet.
+        checkpoint_dir: a directory that all nodes share; default `./checkpoints`, made absolute here.
+        resume: for named runs. Not yet.
+        takeover: for named runs. Not yet.
+        max_failures: default of the decorator; failures that a worker survives, -1 for any number.
+        heartbeat_interval: seconds between two signs of life of a worker process.
+        heartbeat_timeout: seconds of silence after which a worker is called silent.
+        check_args: compare the arguments of recorded workers, in named runs.
+        progress: show the bar of `get`.
+
+    Raises:
+        UsageError: an option cannot work, or a run of this driver is going on.
+        CheckpointStoreError: the store cannot be written.
+    """
+    if run is not None or resume != "auto" or takeover:
+        msg = "init(run=..., resume=..., takeover=...) is refused: named runs do not exist yet; leave them out"
+        raise UsageError(msg)
+    if not _ray.is_ready():
+        msg = "faultguard.init() needs Ray: call ray.init() first"
+        raise UsageError(msg)
+    if not _ray.is_driver():
+        msg = "faultguard.init() belongs into the driver, not into a task; tasks take over what the driver decided"
+        raise UsageError(msg)
+    if _session.driver_settings_or_none() is not None:
+        msg = "faultguard.init() is refused: this driver has a run already; call faultguard.shutdown() first, or init() before the first task"
+        raise UsageError(msg)
+    settings = _settings.new_settings(
+        checkpoint_dir,
+        max_failures=max_failures,
+        heartbeat_interval=heartbeat_interval,
+        heartbeat_timeout=heartbeat_timeout,
+        check_args=check_args,
+        progress=progress,
+    )
+    start_run(settings)
+    return Run(settings)
+
+
+def start_run(settings: Settings) -> None:
+    """Let this driver and its tasks use the settings, and say so."""
+    global _hooked  # noqa: PLW0603 - one hook per process
+    _ray.refuse_client_mode()
+    _session.set_driver_settings(settings)
+    _settings.publish(settings)
+    if not _hooked:
+        _hooked = True
+        atexit.register(_at_exit)
+    say(f"run {settings.run!r} starts. Store {settings.checkpoint_dir}.")
+
+
+def shutdown(*, _failed: bool = False) -> None:
+    """End the run of this driver: print what happened, drop the checkpoints of what completed, keep the records.
+
+    What failed, and what did not end, stays; its path is printed. Without a run it does nothing.
+    """
+    settings = _session.driver_settings_or_none()
+    _session.set_driver_settings(None)
+    if settings is not None:
+        end_run(settings, failed=_failed)
+
+
+def _at_exit() -> None:
+    shutdown(_failed=getattr(sys, "last_value", None) is not None)
+
+
+class _Worker(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What stays of a worker when its checkpoints go."""
+
+    task: str
+    worker_id: str
+    status: str
+    attempts: int
+    outcome: Outcome | None = None
+    failures: tuple[FailureRecord, ...] = ()
+
+
+def end_run(settings: Settings, *, failed: bool) -> None:
+    """Keep the records of a run, drop the checkpoints of its completed workers, print the summary."""
+    store = open_store(settings.checkpoint_dir, create=False)
+    prefix = settings.run_prefix
+    logs: dict[str, list[str]] = {}
+    for key in store.list(prefix):
+        folder, _, name = key.rpartition("/")
+        if record_number(name) is not None:
+            logs.setdefault(folder, []).append(key)
+    workers, unfinished, saved_s = [], [], 0.0
+    for folder, keys in logs.items():
+        head = _newest(store, keys)
+        status = head.outcome.status if head is not None and head.outcome is not None else "unfinished"
+        if head is None or status != "completed":
+            unfinished.append(f"{store.url}/{folder}")
+        if head is not None:
+            workers.append(_Worker(head.task, head.worker_id, status, head.attempt, head.outcome, head.failures))
+            saved_s += head.saved_s
+        if status == "completed" and not failed:
+            for key in keys:  # oldest first: the end goes last, so dying here leaves a completed worker
+                store.delete(key)
+    if not workers:
+        return
+    summary = msgspec.json.encode({"run": settings.run, "workers": workers})
+    store.create(f"{_SUMMARY}{settings.run}.json", summary)
+    for key in store.list(_SUMMARY)[:-KEPT_RUNS]:
+        store.delete(key)
+    _say_end(settings, workers, unfinished, saved_s)
+
+
+def _newest(store: Store, keys: list[str]) -> Record | None:
+    for key in reversed(keys):
+        number = record_number(key.rpartition("/")[2])
+        data = store.get(key)
+        if data is not None and number is not None and (record := decode_record(data, number)) is not None:
+            return record
+    return None
+
+
+def _say_end(settings: Settings, workers: list[_Worker], unfinished: list[str], saved_s: float) -> None:
+    completed = sum(worker.status == "completed" for worker in workers)
+    survived = sum(len(worker.failures) for worker in workers if worker.status == "completed")
+    saved = f" Saved {duration(saved_s)} of work." if saved_s >= 1 else ""
+    say(f"run {settings.run!r} ended: {completed} completed, {survived} failures survived, {len(unfinished)} not completed.{saved}")
+    for path in unfinished[:KEPT_RUNS]:
+        say(f"kept {path}")
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them."""
+    if seconds < 60:  # noqa: PLR2004 - a minute
+        return f"{seconds:.0f} s"
+    minutes, hours = divmod(round(seconds / 60), 60)[::-1]
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min"
+
+
+def say(sentence: str) -> None:
+    """Print one line of the run on the terminal of the driver."""
+    print(f"faultguard: {sentence}", file=sys.stderr, flush=True)  # noqa: T201 - the lines of the terminal contract

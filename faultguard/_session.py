@@ -1,0 +1,99 @@
+"""Where this thread stands: in which run, in which task, with which handle."""
+
+from __future__ import annotations
+
+import contextvars
+import threading
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from faultguard import _ray, _settings
+from faultguard.errors import UsageError
+
+if TYPE_CHECKING:
+    from faultguard._handle import Checkpoint
+    from faultguard._settings import Settings
+
+__all__ = ["TaskContext", "context", "current_settings", "driver_settings", "driver_settings_or_none", "entered", "set_driver_settings"]
+
+
+@dataclass(slots=True)
+class TaskContext:
+    """One execution of a decorated task, or one block. `settings` None: called directly, with a handle in memory."""
+
+    handle: Checkpoint
+    settings: Settings | None = None
+    identity: _ray.Identity | None = None
+    local_retry: int = 0
+    parent: TaskContext | None = None  # of a block: the task or block around it
+
+
+_context: contextvars.ContextVar[TaskContext | None] = contextvars.ContextVar("faultguard_task", default=None)
+_driver: Settings | None = None
+_lock = threading.RLock()
+
+
+def context() -> TaskContext | None:
+    """The decorated task that this thread runs."""
+    return _context.get()
+
+
+class entered:  # noqa: N801 - reads as a word: `with entered(context)`
+    """Run a block as that task."""
+
+    def __init__(self, task: TaskContext) -> None:
+        self._task = task
+
+    def __enter__(self) -> TaskContext:
+        self._token = _context.set(self._task)
+        return self._task
+
+    def __exit__(self, *_: object) -> None:
+        _context.reset(self._token)
+
+
+def current_settings() -> Settings:
+    """The settings that hold here: of the task, of this driver, of the driver of this job.
+
+    Raises:
+        UsageError: there is no Ray here, or the driver of the job has started no run.
+    """
+    task = _context.get()
+    if task is not None and task.settings is not None:
+        return task.settings
+    if not _ray.is_ready():
+        msg = "faultguard needs Ray here: call ray.init() first (a decorated function that is called directly keeps its state in memory)"
+        raise UsageError(msg)
+    if _ray.is_driver():
+        return driver_settings()
+    settings = _settings.settings_of_job()
+    if settings is None:
+        msg = (
+            "the driver of this job has started no run of faultguard, so this task does not know where its checkpoints go: call "
+            "faultguard.init(checkpoint_dir=...) in the driver, before the task is submitted"
+        )
+        raise UsageError(msg)
+    return settings
+
+
+def driver_settings() -> Settings:
+    """The settings of this driver; starts an unnamed run with defaults where `init` was not called."""
+    with _lock:
+        if _driver is None or _driver.job_id != _ray.identity().job_id:  # another ray.init() since: another job
+            from faultguard._run import start_run
+
+            start_run(_settings.default_settings())
+        assert _driver is not None  # noqa: S101 - start_run has set it
+        return _driver
+
+
+def set_driver_settings(settings: Settings | None) -> None:
+    """What `driver_settings` gives from now on."""
+    global _driver  # noqa: PLW0603 - one driver per process
+    with _lock:
+        _driver = settings
+
+
+def driver_settings_or_none() -> Settings | None:
+    """The settings of this driver, if it has started a run."""
+    return _driver

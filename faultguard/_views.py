@@ -1,0 +1,1 @@
+WorkerState = manager = workers = None

@@ -1,0 +1,88 @@
+"""What to do about an exception: give up, retry, and after which wait. Arithmetic and checks, nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+from faultguard.errors import CheckpointStoreError, FaultguardError, StalledError, UsageError
+
+__all__ = ["Backoff", "Matcher", "check_matcher", "verdict"]
+
+Matcher = type[BaseException] | tuple[type[BaseException], ...] | Callable[[BaseException], "bool | timedelta"]
+_RETRIED_OF_OURS = (StalledError, CheckpointStoreError)
+
+
+@dataclass(frozen=True, slots=True)
+class Backoff:
+    """Wait before a retry in the process: `initial * factor ** (failures - 1)` seconds, at most `maximum`.
+
+    Args:
+        initial: seconds before the first retry, at least 0.
+        factor: growth from one wait to the next, at least 1.
+        maximum: the longest wait, seconds.
+        jitter: draw the wait evenly between 0 and that value ("full jitter"), so that workers do not come back all at once.
+
+    Raises:
+        UsageError: a value is out of its range.
+
+    >>> Backoff(initial=0.1, maximum=10)
+    Backoff(initial=0.1, factor=5.0, maximum=10, jitter=True)
+    """
+
+    initial: float = 1.0
+    factor: float = 5.0
+    maximum: float = 300.0
+    jitter: bool = True
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        for name, least in (("initial", 0), ("factor", 1), ("maximum", 0)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value < float("inf"):
+                msg = f"Backoff({name}={value!r}) is refused; it takes a number, at least {least}"
+                raise UsageError(msg)
+        if not isinstance(self.jitter, bool):
+            msg = f"Backoff(jitter={self.jitter!r}) is refused; it takes True or False"
+            raise UsageError(msg)
+
+
+def check_matcher(name: str, matcher: Any) -> Matcher:
+    """The option `retry_on` or `give_up_on`, checked: an exception type, a tuple of them, or a predicate.
+
+    Raises:
+        UsageError: it is something else.
+    """
+    if isinstance(matcher, tuple):
+        if all(_is_exception_type(kind) for kind in matcher):
+            return matcher
+    elif _is_exception_type(matcher) or (callable(matcher) and not isinstance(matcher, type)):
+        result: Matcher = matcher
+        return result
+    msg = f"{name}={matcher!r} is refused; it takes an exception type, a tuple of them, or a predicate exc -> bool | timedelta"
+    raise UsageError(msg)
+
+
+def _is_exception_type(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, Exception)
+
+
+def verdict(error: Exception, retry_on: Matcher, give_up_on: Matcher) -> bool | timedelta:
+    """Whether an exception is retried; a timedelta says after which wait.
+
+    Errors of ours are not: they would come again (usage, serialisation, input), or somebody else goes on (superseded).
+    """
+    if isinstance(error, FaultguardError) and not isinstance(error, _RETRIED_OF_OURS):
+        return False
+    if _matches(error, give_up_on):
+        return False
+    return _matches(error, retry_on)
+
+
+def _matches(error: Exception, matcher: Matcher) -> bool | timedelta:
+    if isinstance(matcher, (type, tuple)):
+        return isinstance(error, matcher)
+    answer = matcher(error)
+    return answer if isinstance(answer, timedelta) else bool(answer)

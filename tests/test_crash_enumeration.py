@@ -1,0 +1,193 @@
+"""What `LocalStore` acknowledges survives every crash that the model of a disk allows, and no fsync of it is superfluous."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import faultguard
+from tests.crash_enumeration import enumerate_crashes, require_strace
+
+REPOSITORY = Path(faultguard.__file__).parent.parent
+
+# Every script begins with this. A payload can be told to be whole from its key; `skip` leaves out one kind of fsync.
+PROLOGUE = """
+import os, stat, sys
+sys.path.insert(0, {repository!r})
+from faultguard.storage.local import LocalStore
+
+base = sys.argv[1]
+root = base + "/made/store"
+
+def payload(key):
+    return (key * 100).encode()
+
+def ack(text):
+    print("ACK " + text, flush=True)
+
+def skip(kind, fsync=os.fsync):
+    def partial(fd):
+        path = os.readlink("/proc/self/fd/%d" % fd)
+        if not stat.S_ISDIR(os.fstat(fd).st_mode):
+            found = "file"
+        else:
+            found = {{"w": "directory", "task": "parent", "run": "parent of parent", "store": "root", "made": "above"}}.get(
+                os.path.basename(path), "base"
+            )
+        if found != kind:
+            fsync(fd)
+    os.fsync = partial
+
+os.makedirs(root)
+store = LocalStore(root, tmpfile={tmpfile})
+"""
+
+CREATES = """
+for number in range(1, 4):
+    key = "run/task/w/%09d.json" % number
+    assert store.create(key, payload(key))
+    ack(key)
+"""
+
+MADE_BY_ANOTHER = """
+os.makedirs(root + "/run/task/w")  # ... which died before it made them durable
+"""
+
+MADE_ANEW = """
+key = "run/task/w/%09d.json" % 1
+store.create(key, payload(key))
+number = os.stat(root + "/run/task/w").st_ino
+os.unlink(root + "/" + key)
+os.rmdir(root + "/run/task/w")
+os.mkdir(root + "/run/task/w")  # by another process; ext4 gives it the same inode number
+ack("same inode: %s" % (number == os.stat(root + "/run/task/w").st_ino))
+key = "run/task/w/%09d.json" % 2
+assert store.create(key, payload(key))
+ack(key)
+"""
+
+UNFINISHED = """
+first, second = ["run/task/w/%09d.json" % number for number in (1, 2)]
+assert store.create(first, payload(first))
+ack(first)
+def die(step, key):
+    if step == "before_dir_fsync":
+        raise InterruptedError
+from faultguard.storage import local
+local.step_hook = die
+try:
+    store.create(second, payload(second))  # linked, and its writer dies
+except Exception:
+    pass
+local.step_hook = None
+"""
+
+DELETES = """
+for number in range(1, 6):
+    key = "run/task/w/%09d.json" % number
+    assert store.create(key, payload(key))
+    ack(key)
+    if number > 2:
+        old = "run/task/w/%09d.json" % (number - 2)
+        ack("gone " + old)
+        store.delete(old)
+"""
+
+KINDS = ["file", "directory", "parent", "parent of parent", "root", "above", "base"]
+
+
+def script(*parts: str, tmpfile: bool = True) -> str:
+    """Put a script together."""
+    return PROLOGUE.format(repository=str(REPOSITORY), tmpfile=tmpfile) + "".join(parts)
+
+
+def check(path: Path, acks: list[str]) -> None:
+    """Every acknowledged key that was not given up is there, and every key that is there is whole."""
+    root = path / "made" / "store"
+    gone = {ack.removeprefix("gone ") for ack in acks if ack.startswith("gone ")}
+    for key in acks:
+        if key.startswith("run/") and key not in gone:
+            assert (root / key).exists(), f"{key} is lost"
+    for file in root.rglob("*.json"):
+        key = str(file.relative_to(root))
+        assert file.read_bytes() == (key * 100).encode(), f"{key} is torn"
+
+
+def fresh(tmp_path: Path) -> Path:
+    """Make another empty root; for the scripts of one test."""
+    root = tmp_path / f"{len(list(tmp_path.iterdir()))}"
+    root.mkdir()
+    return root
+
+
+@pytest.fixture(autouse=True)
+def _strace() -> None:
+    require_strace()
+
+
+@pytest.mark.parametrize("tmpfile", [True, False], ids=["tmpfile", "named"])
+@pytest.mark.parametrize("parts", [CREATES, MADE_BY_ANOTHER + CREATES, MADE_ANEW, DELETES], ids=["fresh", "made", "anew", "deletes"])
+def test_acknowledged_records_survive(tmp_path: Path, parts: str, *, tmpfile: bool) -> None:
+    """No crash loses an acknowledged record or leaves half of one, whoever made the directories."""
+    assert enumerate_crashes(script(parts, tmpfile=tmpfile), tmp_path, check) > 10
+
+
+@pytest.mark.parametrize("tmpfile", [True, False], ids=["tmpfile", "named"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_fsync_is_needed(tmp_path: Path, kind: str, *, tmpfile: bool) -> None:
+    """Without any one kind of fsync the harness finds a crash that loses or tears a record."""
+    parts = f"\nskip({kind!r})\n"
+    with pytest.raises(AssertionError, match=r"torn" if kind == "file" else r"lost"):
+        enumerate_crashes(script(parts, MADE_BY_ANOTHER, CREATES, tmpfile=tmpfile), tmp_path, check)
+
+
+@pytest.mark.parametrize("read", ["store.list('run/')", "store.get(second)", "store.create(second, b'')"], ids=["list", "get", "create"])
+def test_what_a_reader_is_told_survives(tmp_path: Path, read: str) -> None:
+    """A record whose writer died between link and fsync is made durable before anybody hears that it is there."""
+    told = f"\nstore = LocalStore(root)\n{read}\nack(second)\n"
+    assert enumerate_crashes(script(UNFINISHED, told), fresh(tmp_path), check) > 10
+    with pytest.raises(AssertionError, match="lost"):
+        enumerate_crashes(script(UNFINISHED, "\nskip('directory')\n", told), fresh(tmp_path), check)
+
+
+def test_a_claim_never_outlives_what_it_points_at(tmp_path: Path) -> None:
+    """A later record never survives alone a crash that takes the listed record below it."""
+    claim = """
+assert second in LocalStore(root).list("run/task/w/")
+third = "run/task/w/%09d.json" % 3
+LocalStore(root).create(third, payload(third))
+"""
+
+    def whole(path: Path, acks: list[str]) -> None:
+        check(path, acks)
+        log = path / "made" / "store" / "run" / "task" / "w"
+        assert not (log / "000000003.json").exists() or (log / "000000002.json").exists(), "the claim points at nothing: lost"
+
+    assert enumerate_crashes(script(UNFINISHED, claim), fresh(tmp_path), whole) > 10
+    with pytest.raises(AssertionError, match="points at nothing"):
+        enumerate_crashes(script(UNFINISHED, "\nskip('directory')\n", claim), fresh(tmp_path), whole)
+
+
+def test_the_harness_has_no_mercy_with_the_usual_protocols(tmp_path: Path) -> None:
+    """Writing in place and renaming without both fsyncs are found out, so that silence about ours means something."""
+    in_place = "\nopen(base + '/a', 'wb').write(b'x' * 600)\n"
+    renamed = "\nopen(base + '/b', 'wb').write(b'x' * 600)\nos.rename(base + '/b', base + '/a')\n"
+    fsynced = """
+with open(base + '/b', 'wb') as file:
+    file.write(b'x' * 600)
+    file.flush()
+    os.fsync(file.fileno())
+os.rename(base + '/b', base + '/a')
+"""
+    durable = f"{fsynced}os.fsync(os.open(base, os.O_RDONLY))\n"
+    ack = "ack('a')\n"
+
+    def there(path: Path, acks: list[str]) -> None:
+        content = (path / "a").read_bytes() if (path / "a").exists() else b""
+        assert not acks or content == b"x" * 600, "a is lost"
+
+    for bad in (in_place, renamed, fsynced):
+        with pytest.raises(AssertionError, match="a is lost"):
+            enumerate_crashes(script(bad, ack), fresh(tmp_path), there)
+    assert enumerate_crashes(script(durable, ack), fresh(tmp_path), there) > 4
