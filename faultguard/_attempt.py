@@ -13,7 +13,7 @@ import sys
 import time
 import traceback
 import uuid
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -51,6 +51,9 @@ HOLDER_POLL_S = 0.2
 LONG_WAIT_S = 1.0  # shorter waits are not worth a call
 
 
+_held_here: set[str] = set()  # writers of the workers that this process holds
+
+
 @dataclass(frozen=True, slots=True)
 class TaskOptions:
     """The options of `recoverable`, checked. `max_failures` None: what `init` says."""
@@ -63,7 +66,7 @@ class TaskOptions:
     keep: int = 3
     retry_on: Matcher = Exception
     give_up_on: Matcher = ()
-    backoff: Backoff = Backoff()
+    backoff: Backoff = field(default_factory=Backoff)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +87,7 @@ class OpenWorker:
         self._node_id = identity.node_id
         self._started = time.time()
         self._status = ""
+        _held_here.add(journal.held.owner.writer)
         _beater.register(self)
 
     def beat(self) -> dict[str, object]:
@@ -115,6 +119,7 @@ class OpenWorker:
         self._status = status
         self.handle.close()
         self.journal.close()
+        _held_here.discard(self.journal.held.owner.writer)
         _beater.unregister(self)
 
 
@@ -191,13 +196,17 @@ def _claim(log: StoredLog, me: rules.Claimant, settings: Settings) -> rules.Gran
             raise superseded(me.worker_id, answer.head.attempt - 1, 0)
         head, now = answer.head, time.monotonic()
         owner = head.owner
-        dead = is_dead(ProcessId(owner.boot_id, owner.pid, owner.start_time))
+        dead = is_dead(holder := ProcessId(owner.boot_id, owner.pid, owner.start_time))
+        if holder == this_process():  # of this very process: it knows what it still holds
+            if owner.writer in _held_here:
+                raise _duplicate(me, head, settings)
+            dead = True
         if watched is None or watched[0] != head.number:
             watched = (head.number, now)
         silent = dead is None and now - watched[1] >= settings.heartbeat_timeout and _is_silent(settings, me)
         if dead or silent:
             me = replace(me, gone=head.token)
-        elif now >= deadline + HOLDER_POLL_S or owner.pid == os.getpid():
+        elif now >= deadline + HOLDER_POLL_S:
             raise _duplicate(me, head, settings)
         else:
             time.sleep(HOLDER_POLL_S)
@@ -205,10 +214,10 @@ def _claim(log: StoredLog, me: rules.Claimant, settings: Settings) -> rules.Gran
 
 def _is_silent(settings: Settings, me: rules.Claimant) -> bool:
     """Whether the manager has watched for long enough and heard nothing of the holder. Not to know is not silence."""
-    from faultguard import manager
+    from faultguard.manager import find_or_make
 
     try:
-        heard = _ray.get_within(manager.find_or_make(settings).last_beat.remote(me.task, me.worker_id), LONG_WAIT_S * 10)
+        heard = _ray.get_within(find_or_make(settings).last_beat.remote(me.task, me.worker_id), LONG_WAIT_S * 10)
     except (ManagerUnavailableError, *_ray.UNREACHABLE):
         return False
     age = heard["age_s"]
@@ -235,7 +244,7 @@ def run_task(settings: Settings, identity: _ray.Identity, options: TaskOptions, 
     opened = open_worker(settings, identity, options, worker_id, max_failures=max_failures)
     if isinstance(opened, rules.Finished):
         return _recorded(opened, settings, options, work, max_failures)
-    return _Task(settings, identity, options, work, opened, max_failures).run()
+    return _Task(opened, settings, identity, options, work=work, max_failures=max_failures).run()
 
 
 def _recorded(finished: rules.Finished, settings: Settings, options: TaskOptions, work: Work, max_failures: int) -> Any:
@@ -259,7 +268,7 @@ class _Task:
     """A claimed task: its attempts in this process, one after another."""
 
     def __init__(
-        self, settings: Settings, identity: _ray.Identity, options: TaskOptions, work: Work, opened: OpenWorker, max_failures: int
+        self, opened: OpenWorker, settings: Settings, identity: _ray.Identity, options: TaskOptions, *, work: Work, max_failures: int
     ) -> None:
         self._settings = settings
         self._identity = identity
@@ -275,14 +284,24 @@ class _Task:
         return self._open.journal
 
     def run(self) -> Any:
-        """All attempts of this process."""
+        """All attempts of this process. What is no `Exception` is noted, and goes its way."""
+        try:
+            return self._attempts()
+        except Exception:
+            raise
+        except BaseException as error:  # also during the wait before a retry
+            self._leave(error)
+            raise
+
+    def _attempts(self) -> Any:
+        """The first attempt, and those that follow it here."""
         try:
             return self._attempt()
         except Exception as error:  # noqa: BLE001 - whatever the user's code raises is what this library is for
             first = error
         return self._retry(first)  # outside of the handler, or every later error would drag the first one along
 
-    def _retry(self, first: Exception) -> Any:
+    def _retry(self, first: Exception) -> Any:  # noqa: RET503 - `_give_up` never returns
         """Go on after a first failure, through tenacity."""
         import tenacity  # 40 ms: a task that does not fail does not pay for it
 
@@ -310,19 +329,13 @@ class _Task:
         self._give_up(last)
 
     def _attempt(self) -> Any:
-        """One execution of the body. What is not an `Exception` is noted, and goes its way."""
+        """One execution of the body."""
         handle = self._open.handle
         task = TaskContext(handle, self._settings, self._identity, self._journal.held.owner.local_retry)
-        try:
-            with entered(task):
-                value = self._work.call()
-            self._journal.raise_if_superseded()  # the body may have swallowed it
-            self._complete(value)
-        except Exception:
-            raise
-        except BaseException as error:
-            self._leave(error)
-            raise
+        with entered(task):
+            value = self._work.call()
+        self._journal.raise_if_superseded()  # the body may have swallowed it
+        self._complete(value)
         return value
 
     def _complete(self, value: Any) -> None:
@@ -439,10 +452,10 @@ class _Task:
         """Wait before a retry. On the main thread, blocked in `ray.get`, so that Ray lends the processor to others."""
         deadline = time.monotonic() + seconds
         if seconds > LONG_WAIT_S:
-            from faultguard import manager
+            from faultguard.manager import find_or_make
 
             with contextlib.suppress(ManagerUnavailableError, *_ray.UNREACHABLE):  # then the rest is slept
-                _ray.get_within(manager.find_or_make(self._settings).pause.remote(seconds), seconds)
+                _ray.get_within(find_or_make(self._settings).pause.remote(seconds), seconds)
         time.sleep(max(deadline - time.monotonic(), 0.0))
 
 
@@ -501,15 +514,15 @@ def _say_resumed(handle: Checkpoint, held: rules.Held, max_failures: int, wait_s
 
 def _say_leaves(handle: Checkpoint, failure: FailureRecord) -> None:
     text = (
-        f"'{handle.task}/{handle.worker_id}' attempt {failure.attempt} failed at batch {failure.batch} with {failure.message}; a new process "
-        f"goes on, because the arguments are too large, or hold references, to be kept for a retry in this one."
+        f"'{handle.task}/{handle.worker_id}' attempt {failure.attempt} failed at batch {failure.batch} with {failure.message}; a new "
+        f"process goes on, because the arguments are too large, or hold references, to be kept for a retry in this one."
     )
     _events.emit(logging.WARNING, "faultguard.attempt_left", text, **handle.fields(), cause=failure.cause)
 
 
 def _say_damaged(handle: Checkpoint, damaged: tuple[int, ...]) -> None:
     text = (
-        f"'{handle.task}/{handle.worker_id}' found damaged checkpoint records {', '.join(map(str, damaged))} and set them aside; it goes on "
-        f"from the newest intact one."
+        f"'{handle.task}/{handle.worker_id}' found damaged checkpoint records {', '.join(map(str, damaged))} and set them aside; it "
+        f"goes on from the newest intact one."
     )
     _events.emit(logging.WARNING, "faultguard.record_damaged", text, **handle.fields(), damaged=list(damaged))

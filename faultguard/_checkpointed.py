@@ -86,6 +86,7 @@ class checkpointed:  # noqa: N801 - read as `with checkpointed(...)`
         self._every = check_every(every) if every is not None else None
         self._keep = check_keep(keep)
         self._opened: _attempt.OpenWorker | None = None  # a worker of this block's own
+        self._entered: _session.entered | None = None
 
     def __enter__(self) -> Checkpoint:
         """Claim the worker, or take the handle of the task."""
@@ -117,7 +118,6 @@ class checkpointed:  # noqa: N801 - read as `with checkpointed(...)`
 
     def _use(self, handle: Checkpoint) -> Checkpoint:
         """The handle of the task, with the options of this block."""
-        self._entered = None
         self._handle = handle
         if self._state is not None:
             handle.default_state(self._state)
@@ -127,7 +127,7 @@ class checkpointed:  # noqa: N801 - read as `with checkpointed(...)`
 
     def _enter(self, task: _session.TaskContext) -> Checkpoint:
         self._handle = task.handle
-        self._entered: _session.entered | None = _session.entered(task)
+        self._entered = _session.entered(task)
         self._entered.__enter__()
         return task.handle
 
@@ -164,7 +164,7 @@ def check_keep(keep: object) -> int:
         UsageError: not an int, or less than 2: one damaged record must not cost everything.
     """
     if isinstance(keep, bool) or not isinstance(keep, int) or keep < MIN_KEEP:
-        msg = f"keep={keep!r} is refused; it takes the number of saves that stay, at least {MIN_KEEP}: one damaged record must not cost everything"
+        msg = f"keep={keep!r} is refused; it takes the number of saves that stay, at least {MIN_KEEP}: one damaged record must not cost all"
         raise UsageError(msg)
     return keep
 

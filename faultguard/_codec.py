@@ -192,11 +192,6 @@ def _has_big_int(values: Iterable[object]) -> bool:
     return bool([value for value in values if type(value) is int and not -_INT64 <= value < _INT64])
 
 
-def _is_flat_and_plain(value: list[Any] | dict[Any, Any], children: Iterable[object]) -> bool:
-    """Whether the slow path can take this container as it is; only without containers inside, else each would be tried often."""
-    return _LEAVES.issuperset(map(type, children)) and _encode_plain(value) is not None
-
-
 # --- writing -----------------------------------------------------------------------------------------------------------------------
 
 
@@ -249,6 +244,10 @@ class _Encoder:
         tree = self.tree(value)
         self._steps.pop()
         return tree
+
+    def is_plain(self, container: list[Any] | dict[Any, Any], values: Iterable[object]) -> bool:
+        """Whether a container stands for itself. Asked only without containers inside, else each would be encoded many times."""
+        return _LEAVES.issuperset(map(type, values)) and len(self._open) < MAX_DEPTH and _encode_plain(container) is not None
 
     def children(self, container: object, values: Iterable[object], step: object = None) -> list[Json]:
         """The trees of the values of a container, each named by its index or all by `step`."""
@@ -311,11 +310,11 @@ def _write_str(_: _Encoder, value: str) -> Json:
 
 
 def _write_list(encoder: _Encoder, value: list[object]) -> Json:
-    return value if _is_flat_and_plain(value, value) else encoder.children(value, value)
+    return value if encoder.is_plain(value, value) else encoder.children(value, value)
 
 
 def _write_dict(encoder: _Encoder, value: dict[object, object]) -> Json:
-    if _is_flat_and_plain(value, value.values()):
+    if encoder.is_plain(value, value.values()):
         return value
     pairs = encoder.pairs(value)
     is_object = _TAG not in value and all(type(key) is str for key, _ in pairs)
@@ -324,14 +323,14 @@ def _write_dict(encoder: _Encoder, value: dict[object, object]) -> Json:
 
 def _write_tuple(encoder: _Encoder, value: tuple[object, ...]) -> Json:
     items = list(value)
-    return _tagged("tuple", items if _is_flat_and_plain(items, items) else encoder.children(value, items))
+    return _tagged("tuple", items if encoder.is_plain(items, items) else encoder.children(value, items))
 
 
 def _write_set(encoder: _Encoder, value: set[Any] | frozenset[Any]) -> Json:
     # Sorted, because the order of a set depends on the hash seed of the process.
     if set(map(type, value)) in ({int}, {str}):
         items = sorted(value)
-        if _is_flat_and_plain(items, items):
+        if encoder.is_plain(items, items):
             return _tagged(type(value).__name__, items)
     return _tagged(type(value).__name__, sorted(encoder.children(value, value, _ELEMENT), key=_canonical))
 

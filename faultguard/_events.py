@@ -9,7 +9,10 @@ from __future__ import annotations
 import functools
 import logging
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import MutableMapping
 
 __all__ = ["LOGGER_NAME", "emit"]
 
@@ -43,7 +46,7 @@ def _pipeline() -> Any:
     )
 
 
-def _to_stdlib(_logger: object, _method: str, event: dict[str, Any]) -> tuple[tuple[str], dict[str, Any]]:
+def _to_stdlib(_logger: object, _method: str, event: MutableMapping[str, Any]) -> tuple[Any, ...]:
     """The last processor: what the stdlib logger is called with."""
     sentence = event.pop("sentence")
     event.pop("level", None)

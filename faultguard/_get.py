@@ -56,7 +56,7 @@ def get(refs: Any, *, timeout: float | None = None, progress: bool = True, retur
     failed = [index for index, (ok, _) in enumerate(results) if not ok]
     if failed and not return_exceptions:
         error = results[failed[0]][1]
-        _tell_of_others(error, results, failed)
+        _tell_of_others(results, failed)
         raise error
     values = [value for _, value in results]
     return values[0] if single else values
@@ -75,7 +75,7 @@ def _wait(refs: list[Any], timeout: float | None, bar: _Bar) -> None:
     waiting = list(dict.fromkeys(refs))
     while waiting:
         step = bar.interval_s if deadline is None else min(bar.interval_s, max(deadline - time.monotonic(), 0.0))
-        ready, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=step)
+        _, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=step)
         bar.show(len(refs) - len(waiting))
         if waiting and deadline is not None and time.monotonic() >= deadline:
             bar.end()
@@ -91,7 +91,7 @@ def _result(ref: Any) -> tuple[bool, Any]:
         return False, error
 
 
-def _tell_of_others(error: Exception, results: list[tuple[bool, Any]], failed: list[int]) -> None:
+def _tell_of_others(results: list[tuple[bool, Any]], failed: list[int]) -> None:
     """A table of what else failed, on stderr: a note on the error would need Python 3.11."""
     if len(failed) == 1:
         return

@@ -123,7 +123,9 @@ class Checkpoint:
 
     # --- loops ---
 
-    def batches(self, iterable: Iterable[T] | Callable[[int], Iterable[T]], *, name: str = "batches", total: int | None = None) -> Iterator[T]:
+    def batches(
+        self, iterable: Iterable[T] | Callable[[int], Iterable[T]], *, name: str = "batches", total: int | None = None
+    ) -> Iterator[T]:
         """Go through the batches that are not done, saving as it goes. For a `for` statement in the thread of the task.
 
         A batch is done when the loop asks for the next one. Loops nest, and may follow one another under different names.
@@ -178,7 +180,8 @@ class Checkpoint:
         """The batches from where the loop goes on; what is skipped is compared with what the checkpoint remembers."""
         start = loop.done
         if callable(iterable) and not isinstance(iterable, Iterable):
-            return iter(iterable(start))
+            items: Iterator[Any] = iter(iterable(start))
+            return items
         if any(iterable is tracked.source for tracked in self._tracked.values()):
             return iter(iterable)
         if start == 0:
@@ -402,9 +405,7 @@ class Checkpoint:
                 loop.last_known = True
         tracked = b"{}"
         if self._tracked or self._untracked:
-            tracked = _codec.encode(
-                {**self._untracked, **{name: source.save() for name, source in self._tracked.items()}}, path="tracked"
-            )
+            tracked = _codec.encode({**self._untracked, **{name: source.save() for name, source in self._tracked.items()}}, path="tracked")
         snapshot = Snapshot(
             state=msgspec.Raw(_codec.encode(self._state)),
             loops=self._cursors.marks(),

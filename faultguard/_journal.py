@@ -20,6 +20,8 @@ from faultguard._sidecar import Sidecar
 from faultguard.errors import CheckpointStoreError, SupersededError
 
 if TYPE_CHECKING:
+    from collections.abc import Generator
+
     from faultguard._core.records import FailureRecord, Outcome, Snapshot
     from faultguard._core.schedule import Schedule
     from faultguard._log import StoredLog
@@ -63,7 +65,7 @@ class Journal:
     def offer(self, snapshot: Snapshot, due: float) -> None:
         """Take a snapshot, to be written at `due` (monotonic seconds) unless a newer one comes; the newest always counts."""
         self._newest = snapshot
-        if self._due == math.inf and due != math.inf:
+        if due < self._due:
             self._due = due
             if self._served:
                 _writer.wake()
@@ -132,6 +134,8 @@ class Journal:
     def leave(self, ended: Ended, failure: FailureRecord | None = None) -> None:
         """Note in the log, with the newest snapshot, that the attempt leaves, and why."""
         with self._lock:
+            if self._closed:  # cut between its last record and its end: there is nothing left to say
+                return
             snapshot = snapshot_to_flush(self._newest, self.held.durable)
             saved = self.log.run(rules.save(self.held, snapshot, time.time(), ended=ended, failure=failure))
             self._last(saved)
@@ -194,7 +198,7 @@ class Journal:
             _events.emit(
                 logging.WARNING,
                 "faultguard.store_failed",
-                f"'{self.held.task}/{self.held.worker_id}' cannot save: {error}. Trying again; the loop stops after {STORE_PATIENCE_S:.0f} s.",
+                f"'{self.held.task}/{self.held.worker_id}' cannot save: {error}. Trying again; the loop ends after {STORE_PATIENCE_S:.0f} s.",
                 worker_id=self.held.worker_id,
                 task=self.held.task,
                 attempt=self.held.attempt,
@@ -211,7 +215,7 @@ def superseded(worker_id: str, attempt: int, token: int) -> SupersededError:
     return SupersededError(msg, worker_id=worker_id, attempt=attempt, token=token)
 
 
-def _listing() -> rules.Generator[rules.Op, list[int], list[int]]:
+def _listing() -> Generator[rules.Op, list[int], list[int]]:
     return (yield rules.List())
 
 

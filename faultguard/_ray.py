@@ -33,7 +33,7 @@ __all__ = [
     "kv_put",
     "options_at_submission",
     "refuse_client_mode",
-    "session_dir",
+    "session_name",
     "was_terminated",
 ]
 
@@ -66,7 +66,7 @@ def is_driver() -> bool:
 def identity() -> Identity:
     """The identity of the running task, or of the driver (attempt 0)."""
     context = ray.get_runtime_context()
-    worker = ray._private.worker.global_worker  # noqa: SLF001 - the attempt number has no public name
+    worker: Any = ray._private.worker.global_worker  # noqa: SLF001 - the attempt number has no public name
     in_task = worker.mode == ray._private.worker.WORKER_MODE  # noqa: SLF001
     return Identity(
         job_id=context.get_job_id(),
@@ -76,6 +76,11 @@ def identity() -> Identity:
         task_name=(context.get_task_name() if in_task else None) or "driver",
         function_name=(context.get_task_function_name() if in_task else None) or "",
     )
+
+
+def session_name() -> str:
+    """The cluster: job ids begin anew with each one."""
+    return str(ray.get_runtime_context().get_session_name())
 
 
 def kv_put(key: str, value: bytes) -> None:
@@ -93,16 +98,9 @@ def kv_get(key: str) -> bytes | None:
     return value
 
 
-def session_dir() -> str:
-    """Ray's directory for logs and sockets of all its sessions on this node; empty when not connected."""
-    if not is_ready():
-        return ""
-    return str(ray.get_runtime_context().get_temp_dir()) if hasattr(ray.get_runtime_context(), "get_temp_dir") else ""
-
-
 def job_is_over(job_id: str) -> bool:
     """Whether Ray's job table says that the job has ended. A job that the table does not know is not over."""
-    jobs = ray._private.state.jobs()  # noqa: SLF001 - the public State API needs the dashboard
+    jobs = ray._private.state.jobs()  # type: ignore[no-untyped-call]  # noqa: SLF001 - the public State API needs the dashboard
     return any(job["JobID"] == job_id and bool(job["IsDead"]) for job in jobs)
 
 
@@ -141,7 +139,7 @@ def options_at_submission(invocation: Callable[..., Any]) -> dict[str, Any] | No
         variables = inspect.getclosurevars(invocation).nonlocals
     except (TypeError, ValueError):
         return None
-    return variables if "max_retries" in variables else None
+    return dict(variables) if "max_retries" in variables else None
 
 
 def was_terminated(error: SystemExit) -> bool:
@@ -159,6 +157,6 @@ def get_within(ref: Any, seconds: float) -> Any:
 
 def refuse_client_mode() -> None:
     """Refuse a `ray://` connection, where the driver is not on the cluster."""
-    if ray.util.client.ray.is_connected():
+    if ray.util.client.ray.is_connected():  # type: ignore[no-untyped-call] # untyped in Ray
         msg = "faultguard does not work through a ray:// connection yet; submit the script as a job, or start it on a node of the cluster"
         raise UsageError(msg)

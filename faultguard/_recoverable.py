@@ -12,10 +12,10 @@ import ray
 
 from faultguard import _packing, _ray, _session, _settings
 from faultguard._attempt import TaskOptions, Work, run_task
+from faultguard._checkpointed import refuse_not_yet
 from faultguard._core.names import check_worker_id
 from faultguard._core.schedule import Every, check_every
 from faultguard._handle import Checkpoint
-from faultguard._checkpointed import refuse_not_yet
 from faultguard.errors import UsageError
 from faultguard.policy import Backoff, Matcher, check_matcher
 
@@ -30,15 +30,14 @@ __all__ = ["RecoverableFunction", "recoverable"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
-R_co = TypeVar("R_co", covariant=True)
 EXTRA_RAY_RETRIES = 20  # ends that are not charged (drain, leaving) use up Ray's count, too
 _OWN_BY_HAND = ("max_retries", "retry_exceptions")
 
 
-class _RemoteLike(Protocol[P, R_co]):
+class _RemoteLike(Protocol[P, R]):
     """What `@ray.remote` makes of a function."""
 
-    def remote(self, *args: P.args, **kwargs: P.kwargs) -> ObjectRef[R_co]: ...
+    def remote(self, *args: P.args, **kwargs: P.kwargs) -> ObjectRef[R]: ...
 
 
 class _Decorator(Protocol):
@@ -75,7 +74,7 @@ def recoverable(
     fresh_process_on: tuple[type[Exception], ...] = (),
     on_poison: str = "fail",
 ) -> _Decorator: ...
-def recoverable(  # noqa: PLR0913 - options of a decorator, keyword-only
+def recoverable(
     max_failures: Any = None,
     *,
     worker_id: str | Callable[..., str] | None = None,
@@ -239,7 +238,8 @@ class RecoverableFunction(Generic[P, R]):
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """Run the function here, once, with its state in memory."""
-        return _call_directly(self._function, self._options, args, kwargs)
+        result: R = _call_directly(self._function, self._options, args, kwargs)
+        return result
 
     def remote(self, *args: P.args, **kwargs: P.kwargs) -> ObjectRef[R]:
         """Submit the task; gives what Ray's `.remote()` gives.
@@ -269,7 +269,7 @@ class RecoverableFunction(Generic[P, R]):
         refuse_not_yet("options", resume=(resume, None))
         for name in _OWN_BY_HAND:
             if name in ray_options:
-                msg = f".options({name}=...) on a recoverable task is refused: two owners of retries break the budget; set max_failures instead"
+                msg = f".options({name}=...) on a recoverable task is refused: two owners of retries break the budget; set max_failures"
                 raise UsageError(msg)
         if ray_options.get("num_returns") in {"dynamic", "streaming"}:
             msg = ".options(num_returns='dynamic' or 'streaming') is refused: a generator that resumes loses items; return a list"
@@ -399,7 +399,9 @@ def _warn_unreadable(name: str) -> None:
 
     from faultguard import _events
 
-    text = f"Ray's max_retries of task {name!r} cannot be read; set it to at least max_failures + 1, or write @recoverable above @ray.remote."
+    text = (
+        f"Ray's max_retries of task {name!r} cannot be read; set it to at least max_failures + 1, or write @recoverable above @ray.remote."
+    )
     _events.emit(logging.WARNING, "faultguard.retries_unknown", text, task=name)
 
 

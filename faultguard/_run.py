@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     import os
     from types import TracebackType
 
+    from typing_extensions import Self
+
     from faultguard._settings import Settings
     from faultguard.storage import Store
 
@@ -41,7 +43,7 @@ class Run:
         self.name = settings.run
         self.checkpoint_dir = settings.checkpoint_dir
 
-    def __enter__(self) -> Run:
+    def __enter__(self) -> Self:
         """The run, started."""
         return self
 
@@ -92,7 +94,9 @@ def init(
         msg = "faultguard.init() belongs into the driver, not into a task; tasks take over what the driver decided"
         raise UsageError(msg)
     if _session.driver_settings_or_none() is not None:
-        msg = "faultguard.init() is refused: this driver has a run already; call faultguard.shutdown() first, or init() before the first task"
+        msg = (
+            "faultguard.init() is refused: this driver has a run already; call faultguard.shutdown() first, or init() before the first task"
+        )
         raise UsageError(msg)
     settings = _settings.new_settings(
         checkpoint_dir,
@@ -106,8 +110,8 @@ def init(
     return Run(settings)
 
 
-def start_run(settings: Settings) -> None:
-    """Let this driver and its tasks use the settings, and say so."""
+def start_run(settings: Settings) -> Settings:
+    """Let this driver and its tasks use the settings, and say so. Returns them."""
     global _hooked  # noqa: PLW0603 - one hook per process
     _ray.refuse_client_mode()
     _session.set_driver_settings(settings)
@@ -116,6 +120,7 @@ def start_run(settings: Settings) -> None:
         _hooked = True
         atexit.register(_at_exit)
     say(f"run {settings.run!r} starts. Store {settings.checkpoint_dir}.")
+    return settings
 
 
 def shutdown(*, _failed: bool = False) -> None:
@@ -123,8 +128,7 @@ def shutdown(*, _failed: bool = False) -> None:
 
     What failed, and what did not end, stays; its path is printed. Without a run it does nothing.
     """
-    settings = _session.driver_settings_or_none()
-    _session.set_driver_settings(None)
+    settings = _session.take_driver_settings()
     if settings is not None:
         end_run(settings, failed=_failed)
 

@@ -29,7 +29,7 @@ class TaskContext:
 
 
 _context: contextvars.ContextVar[TaskContext | None] = contextvars.ContextVar("faultguard_task", default=None)
-_driver: Settings | None = None
+_driver: tuple[Settings, str] | None = None  # and the cluster that it is for
 _lock = threading.RLock()
 
 
@@ -79,21 +79,38 @@ def current_settings() -> Settings:
 def driver_settings() -> Settings:
     """The settings of this driver; starts an unnamed run with defaults where `init` was not called."""
     with _lock:
-        if _driver is None or _driver.job_id != _ray.identity().job_id:  # another ray.init() since: another job
+        settings = driver_settings_or_none()
+        if settings is None:
             from faultguard._run import start_run
 
-            start_run(_settings.default_settings())
-        assert _driver is not None  # noqa: S101 - start_run has set it
-        return _driver
+            settings = start_run(_settings.default_settings())
+        return settings
 
 
 def set_driver_settings(settings: Settings | None) -> None:
     """What `driver_settings` gives from now on."""
     global _driver  # noqa: PLW0603 - one driver per process
     with _lock:
-        _driver = settings
+        _driver = (settings, _ray.session_name()) if settings is not None else None
 
 
 def driver_settings_or_none() -> Settings | None:
-    """The settings of this driver, if it has started a run."""
-    return _driver
+    """The settings of this driver, if it has started a run; one of another cluster or job is ended."""
+    with _lock:
+        if _driver is None:
+            return None
+        settings, session = _driver
+        if _ray.is_ready() and (session, settings.job_id) != (_ray.session_name(), _ray.identity().job_id):
+            from faultguard._run import shutdown
+
+            shutdown()
+            return None
+        return settings
+
+
+def take_driver_settings() -> Settings | None:
+    """The settings of the run that this driver has started, which it ends now."""
+    with _lock:
+        settings = _driver[0] if _driver is not None else None
+        set_driver_settings(None)
+        return settings

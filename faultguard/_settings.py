@@ -7,7 +7,7 @@ nodes is an error, never a fresh start.
 
 from __future__ import annotations
 
-import datetime
+import datetime as dt
 import functools
 import os
 import secrets
@@ -21,9 +21,10 @@ from faultguard._core.names import encode_name
 from faultguard.errors import CheckpointStoreError, UsageError
 from faultguard.storage import Store, open_store, store_id
 
-__all__ = ["Settings", "checked_store", "decode_settings", "default_settings", "settings_of_job", "publish"]
+__all__ = ["Settings", "checked_store", "decode_settings", "default_settings", "publish", "settings_of_job"]
 
 PROTOCOL = 1
+_DAY_S = 86_400
 _KV_KEY = "settings:{protocol}:{job_id}"
 
 
@@ -100,7 +101,7 @@ def check_option(name: str, value: Any, source: str) -> Any:
     if name == "max_failures":
         return check_max_failures(value, source)
     if name in {"heartbeat_interval", "heartbeat_timeout"}:
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 86_400:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < _DAY_S:
             msg = f"{source}={value!r} is refused; it takes seconds, more than 0 and less than a day"
             raise UsageError(msg)
         return float(value)
@@ -148,7 +149,7 @@ def new_settings(checkpoint_dir: str | os.PathLike[str] | None, **options: Any) 
         raise UsageError(msg)
     directory = resolve_checkpoint_dir(checkpoint_dir)
     store = open_store(directory)
-    now = datetime.datetime.now().astimezone()
+    now = dt.datetime.now().astimezone()
     return Settings(
         run=f"unnamed-{now:%Y%m%dT%H%M%S}-{secrets.token_hex(3)}",
         checkpoint_dir=directory,

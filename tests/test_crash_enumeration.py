@@ -130,7 +130,7 @@ def _strace() -> None:
 @pytest.mark.parametrize("parts", [CREATES, MADE_BY_ANOTHER + CREATES, MADE_ANEW, DELETES], ids=["fresh", "made", "anew", "deletes"])
 def test_acknowledged_records_survive(tmp_path: Path, parts: str, *, tmpfile: bool) -> None:
     """No crash loses an acknowledged record or leaves half of one, whoever made the directories."""
-    assert enumerate_crashes(script(parts, tmpfile=tmpfile), tmp_path, check) > 10
+    assert enumerate_crashes(script(parts, tmpfile=tmpfile), tmp_path, check) >= 8
 
 
 @pytest.mark.parametrize("tmpfile", [True, False], ids=["tmpfile", "named"])
@@ -146,7 +146,7 @@ def test_every_fsync_is_needed(tmp_path: Path, kind: str, *, tmpfile: bool) -> N
 def test_what_a_reader_is_told_survives(tmp_path: Path, read: str) -> None:
     """A record whose writer died between link and fsync is made durable before anybody hears that it is there."""
     told = f"\nstore = LocalStore(root)\n{read}\nack(second)\n"
-    assert enumerate_crashes(script(UNFINISHED, told), fresh(tmp_path), check) > 10
+    assert enumerate_crashes(script(UNFINISHED, told), fresh(tmp_path), check) >= 8
     with pytest.raises(AssertionError, match="lost"):
         enumerate_crashes(script(UNFINISHED, "\nskip('directory')\n", told), fresh(tmp_path), check)
 
@@ -164,7 +164,7 @@ LocalStore(root).create(third, payload(third))
         log = path / "made" / "store" / "run" / "task" / "w"
         assert not (log / "000000003.json").exists() or (log / "000000002.json").exists(), "the claim points at nothing: lost"
 
-    assert enumerate_crashes(script(UNFINISHED, claim), fresh(tmp_path), whole) > 10
+    assert enumerate_crashes(script(UNFINISHED, claim), fresh(tmp_path), whole) >= 8
     with pytest.raises(AssertionError, match="points at nothing"):
         enumerate_crashes(script(UNFINISHED, "\nskip('directory')\n", claim), fresh(tmp_path), whole)
 

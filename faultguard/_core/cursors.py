@@ -96,7 +96,7 @@ class Cursors:
         """
         depth = len(self._stack)
         if depth >= MAX_DEPTH:
-            msg = f"loop {name!r} is nested {depth + 1} deep, the limit is {MAX_DEPTH}; use advance() in a loop of your own for the inner ones"
+            msg = f"loop {name!r} is nested {depth + 1} deep, the limit is {MAX_DEPTH}; use advance() in a loop of your own inside"
             raise UsageError(msg)
         scope = self._scope(depth)
         loop = next((known for known in scope if known.name == name), None)
@@ -185,7 +185,7 @@ def input_changed(loop: Loop, difference: str) -> InputChangedError:
     """The error for an input that is not the one of the checkpoint."""
     msg = (
         f"loop {loop.name!r} resumes after {loop.done} batches, but its input is another one: {difference}. "
-        f"Give it the same batches in the same order (fixed seed, sorted listing, same chunk size), or start the worker over under a new id."
+        f"Give it the same batches in the same order (fixed seed, sorted listing, same chunk size), or start over under a new id."
     )
     return InputChangedError(msg, loop=loop.name)
 

@@ -11,7 +11,7 @@ deleting needs no check, because the deleter's own durable save made what it del
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from faultguard._core.budget import add_failure, cost_of_crash, exhausted, next_budget

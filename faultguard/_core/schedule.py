@@ -47,7 +47,17 @@ class Schedule:
     loop must learn soon sets it to `NOW`.
     """
 
-    __slots__ = ("_batches", "_encode_cost", "_every", "_interval", "_last_write", "_min_interval", "_snapshot_at", "_write_cost", "look_at")
+    __slots__ = (
+        "_batches",
+        "_encode_cost",
+        "_every",
+        "_interval",
+        "_last_write",
+        "_min_interval",
+        "_snapshot_at",
+        "_write_cost",
+        "look_at",
+    )
 
     def __init__(self, every: Every, now: float, min_interval_s: float = 0.0) -> None:
         self.configure(every)

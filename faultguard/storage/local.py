@@ -41,6 +41,7 @@ _NEW_FILE: Final = os.O_WRONLY | os.O_CREAT | os.O_EXCL
 _MAX_TRIES: Final = 100  # of a create whose directory is removed under it again and again
 _MAX_SETTLED: Final = 10_000
 _LEFTOVER_AGE_S: Final = 86_400.0
+_EMPTY_WAIT_S: Final = 0.2
 _NO_TMPFILE: Final = frozenset({errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOSYS})
 _NO_HARD_LINKS: Final = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK})
 # A link that failed so surely made nothing. After any other error (EIO, ETIMEDOUT, EINTR, ESTALE, ...) a server may have.
@@ -126,26 +127,14 @@ class LocalStore:
 
     def create(self, key: str, data: bytes) -> bool:
         """See `Store.create`."""
-        path = f"{self._root}/{check_key(key)}"
-        directory = path.rpartition("/")[0]
-        with self._translated("created", path):
-            try:
-                for _ in range(_MAX_TRIES):
-                    try:
-                        return self._create(key, data)
-                    except FileNotFoundError:  # noqa: PERF203 - not made yet, or a `delete` of its last key removed it before the link
-                        self._make(directory)
-                raise FileNotFoundError(errno.ENOENT, f"its directory was removed {_MAX_TRIES} times while it was written")
-            except OSError:
-                self._prune(directory)
-                raise
+        return self._create(check_key(key), data)
 
     def get(self, key: str) -> bytes | None:
         """See `Store.get`."""
         path = f"{self._root}/{check_key(key)}"
         with self._translated("read", path):
             try:
-                data = Path(path).read_bytes()
+                data = self._read(path)
                 _fsync_directory(path.rpartition("/")[0])
             except (FileNotFoundError, NotADirectoryError):
                 self._check_root()
@@ -179,6 +168,19 @@ class LocalStore:
     def _create(self, key: str, data: bytes) -> bool:
         path = f"{self._root}/{key}"
         directory = path.rpartition("/")[0]
+        with self._translated("created", path):
+            try:
+                for _ in range(_MAX_TRIES):
+                    try:
+                        return self._create_in(directory, key, data)
+                    except FileNotFoundError:  # noqa: PERF203 - not made yet, or a `delete` of its last key removed it before the link
+                        self._make(directory)
+                raise FileNotFoundError(errno.ENOENT, f"its directory was removed {_MAX_TRIES} times while it was written")
+            except OSError:
+                self._prune(directory)
+                raise
+
+    def _create_in(self, directory: str, key: str, data: bytes) -> bool:
         # Everything below is done in this very directory, not in whatever has its name a moment later: once it is removed,
         # the link fails with ENOENT, even if another process has made it anew.
         directory_fd = os.open(directory, _DIRECTORY)
@@ -198,7 +200,7 @@ class LocalStore:
         finally:
             _close(directory_fd)
         if created:
-            witness = _Witness(path, found.st_dev, found.st_ino, found.st_mtime_ns)
+            witness = _Witness(f"{self._root}/{key}", found.st_dev, found.st_ino, found.st_mtime_ns)
             self._settled.update(dict.fromkeys(settled, witness))
         return created
 
@@ -225,6 +227,8 @@ class LocalStore:
             try:
                 return os.open(".", os.O_TMPFILE | os.O_WRONLY, 0o666, dir_fd=directory_fd), None
             except OSError as error:
+                if not os.fstat(directory_fd).st_nlink:  # the directory was removed, which ext4 calls EPERM here
+                    raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT)) from error
                 if error.errno not in _NO_TMPFILE:
                     raise
                 self._tmpfile = False
@@ -265,6 +269,13 @@ class LocalStore:
             return False
         self._tmpfile = False
         return True
+
+    def _read(self, path: str) -> bytes:
+        data = Path(path).read_bytes()
+        if not data and self._unsafe:  # see `_rename`: its writer is between the two steps, or died there
+            time.sleep(_EMPTY_WAIT_S)
+            data = Path(path).read_bytes()
+        return data
 
     # -- directories
 
@@ -481,7 +492,7 @@ _numbers: Final = itertools.count()
 @functools.lru_cache(maxsize=1)
 def _host() -> str:
     """Name what pids are unique in: this boot of this machine, and this pid namespace (a container has its own)."""
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip().replace("-", "")
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip().replace("-", "")
     return f"{boot}-{re.sub(r'[^0-9]', '', os.readlink('/proc/self/ns/pid'))}"
 
 

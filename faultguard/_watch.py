@@ -1,0 +1,133 @@
+"""What a manager knows of decorated workers: their newest beats, and who is silent. No Ray, no store; time is a parameter."""
+
+from __future__ import annotations
+
+import math
+import threading
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+__all__ = ["MAX_WORKERS", "AwakeClock", "LiveView"]
+
+MAX_WORKERS = 100_000  # the view of one run; beyond it, who ended goes first
+
+
+class AwakeClock:
+    """Seconds in which this process surely listened: silence of others is measured by it, and one's own absence is not silence.
+
+    It stands still from the moment for which the next `tick` was promised until that tick comes. So whatever froze or
+    starved this process adds to nobody's silence, whoever of its threads looks first when it is back.
+
+    >>> clock = AwakeClock()
+    >>> clock.tick(100.0, 5.0)
+    >>> before = clock.read(101.0)
+    >>> clock.read(160.0) - before, clock.tick(160.0, 5.0), clock.read(161.0) - before  # frozen for 55 s of them
+    (4.0, None, 5.0)
+    """
+
+    def __init__(self) -> None:
+        self._late = 0.0
+        self._due = math.inf
+
+    def tick(self, now: float, next_in_s: float) -> None:
+        """Say that the watcher is here, and when it will be again; infinity: it watches no more."""
+        self._late += max(now - self._due, 0.0)
+        self._due = now + next_in_s
+
+    def read(self, now: float) -> float:
+        """Read the clock; only differences mean something."""
+        return min(now, self._due) - self._late
+
+
+@dataclass(slots=True)
+class _Live:
+    """The newest beat of one worker: what it said, when on the awake clock, and when on the wall clock."""
+
+    said: Mapping[str, Any]
+    heard: float
+    heard_at: float
+    silent: bool = False
+
+    @property
+    def final(self) -> bool:
+        return bool(self.said.get("final"))
+
+
+class LiveView:
+    """The newest beat of every decorated worker of a run. May be used by several threads.
+
+    Args:
+        heartbeat_timeout_s: silence beyond it is told.
+        now: monotonic seconds.
+    """
+
+    def __init__(self, heartbeat_timeout_s: float, now: float) -> None:
+        self._timeout_s = heartbeat_timeout_s
+        self._lock = threading.Lock()
+        self._clock = AwakeClock()
+        self._started = self._clock.read(now)
+        self._newest = -math.inf
+        self._workers: dict[tuple[str, str], _Live] = {}
+
+    def beat(self, beats: Iterable[Mapping[str, Any]], now: float, wall: float) -> list[str]:
+        """Take beats.
+
+        Returns:
+            For each "ok", "superseded" (a later attempt beats already) or "ended" (its final beat was here).
+        """
+        with self._lock:
+            self._newest = now
+            return [self._take(said, now, wall) for said in beats]
+
+    def _take(self, said: Mapping[str, Any], now: float, wall: float) -> str:
+        key = said["task"], said["worker_id"]
+        known = self._workers.get(key)
+        if known is not None and said["token"] < known.said["token"]:
+            return "superseded"
+        if known is not None and known.final and said["token"] == known.said["token"]:
+            return "ended"  # sent before the final beat, and overtaken by it
+        self._workers[key] = _Live(said, self._clock.read(now), wall)
+        return "ok"
+
+    def check(self, now: float, next_in_s: float) -> list[dict[str, Any]]:
+        """Look who is silent now and was not before; the next look is promised in `next_in_s`."""
+        with self._lock:
+            self._clock.tick(now, next_in_s)
+            silent = [live for live in self._workers.values() if not live.silent and self._is_silent(live, now)]
+            for live in silent:
+                live.silent = True
+            self._forget()
+            return [self._told(live, now) for live in silent]
+
+    def last_beat(self, task: str, worker_id: str, now: float) -> dict[str, float | None]:
+        """Say how long ago the worker beat, and for how long this view has listened. Seconds; age None: never heard."""
+        with self._lock:
+            live = self._workers.get((task, worker_id))
+            awake = self._clock.read(now)
+            return {"age_s": awake - live.heard if live is not None else None, "uptime_s": awake - self._started}
+
+    def workers(self, now: float) -> list[dict[str, Any]]:
+        """Return the newest beat of each worker, with `last_heartbeat` (seconds since the epoch), `age_s`, `silent` and `final`."""
+        with self._lock:
+            return [self._told(live, now) for live in self._workers.values()]
+
+    def quiet_s(self, now: float) -> float:
+        """Seconds since anybody beat; infinity: nobody ever did."""
+        return now - self._newest
+
+    def _is_silent(self, live: _Live, now: float) -> bool:
+        return not live.final and self._clock.read(now) - live.heard > self._timeout_s
+
+    def _told(self, live: _Live, now: float) -> dict[str, Any]:
+        age_s = self._clock.read(now) - live.heard
+        return {**live.said, "last_heartbeat": live.heard_at, "age_s": age_s, "silent": live.silent, "final": live.final}
+
+    def _forget(self) -> None:
+        excess = len(self._workers) - MAX_WORKERS
+        if excess > 0:
+            oldest = sorted(self._workers, key=lambda key: (not self._workers[key].final, self._workers[key].heard))
+            for key in oldest[:excess]:
+                del self._workers[key]

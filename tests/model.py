@@ -1,0 +1,589 @@
+"""A small world around the rules of a log: one worker, many incarnations, a store that loses replies, and all guarantees.
+
+The rules under test are the very generators of `faultguard._core.log`. Everything they ask of the store is one step, and between
+two steps anything may happen: an incarnation that is not stepped is frozen, one that is dropped is dead, a create whose reply
+was lost may land much later. After each step the world compares what would be loaded with what was promised.
+
+`python -m tests.model SEED [variant]` replays a schedule and prints its story.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+from dataclasses import dataclass, field
+from importlib import import_module
+from itertools import pairwise
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Protocol
+
+import msgspec
+
+from faultguard._core import log as true_rules
+from faultguard._core.budget import exhausted, is_charged
+from faultguard._core.records import Ended, FailureRecord, Mark, Outcome, Owner, Record, Snapshot, decode_record
+from faultguard._core.schedule import snapshot_to_flush
+from faultguard.errors import AmbiguousReplyError, CheckpointCorruptError, CheckpointStoreError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator, Iterable
+
+CREATE_FAULTS = ("lost", "dropped", "late", "retried", "error")
+LIST_FAULTS = ("stale", "stale with deletions", "stale and only the oldest", "error")
+MAX_INCARNATIONS = 8
+
+
+class Violation(AssertionError):  # noqa: N818 - it is what a test looks for
+    """A guarantee does not hold."""
+
+
+class Backend(Protocol):
+    """A real store, driven beside the model: its answers must be the same."""
+
+    def create(self, number: int, data: bytes) -> bool: ...
+    def get(self, number: int) -> bytes | None: ...
+    def numbers(self) -> list[int]: ...
+    def delete(self, number: int) -> None: ...
+
+
+# --- what was promised ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Grant:
+    """A claim that was granted: an attempt began."""
+
+    number: int
+    landed: int  # when its record was created
+    life: int
+    resume: int
+    owner: Owner
+
+
+@dataclass(frozen=True)
+class Promise:
+    """A save that was reported durable."""
+
+    number: int
+    landed: int
+    claim_landed: int  # when the claim of the attempt that saved was created
+    life: int
+    batch: int
+
+
+@dataclass
+class Ledger:
+    """Everything that was promised, and every promise checked against the others."""
+
+    max_failures: int
+    grants: list[Grant] = field(default_factory=list)
+    promises: list[Promise] = field(default_factory=list)
+    completed: dict[int, bytes] = field(default_factory=dict)  # per life: the value that was recorded
+    failed_ends: list[tuple[int, int]] = field(default_factory=list)  # (life, landed): each refills the budget of what follows
+    excused: list[tuple[int, int]] = field(default_factory=list)  # (life, landed) of uncharged ends
+
+    def grant(self, new: Grant) -> None:
+        """An attempt begins: it must see all that was promised (G1), go on from there (G2), be in order, and within budget (G5)."""
+        for promise in self.promises:
+            self._check_fence(new, promise)
+        for old in self.grants:
+            first, second = (old, new) if old.landed < new.landed else (new, old)
+            if first.life == second.life and second.resume < first.resume:
+                raise Violation(f"G2: claim {second.number} resumes at {second.resume}, claim {first.number} resumed at {first.resume}")
+            if first.owner.task_id == second.owner.task_id and _order(second.owner) <= _order(first.owner):
+                raise Violation(f"G3: claim {second.number} of {_order(second.owner)} was granted over {_order(first.owner)}")
+            if first.owner.epoch > second.owner.epoch and first.life == second.life:
+                raise Violation(f"G3: claim {second.number} of an older driver was granted over claim {first.number}")
+        self.grants.append(new)
+        self._check_budget(new)
+
+    def promise(self, new: Promise) -> None:
+        """A save is reported durable: nobody may have claimed before it was created (G3), nor resumed below it (G1)."""
+        for grant in self.grants:
+            self._check_fence(grant, new)
+        self.promises.append(new)
+
+    def outcome(self, life: int, value: bytes) -> None:
+        """Somebody recorded or was given the outcome of a life (G4)."""
+        if self.completed.setdefault(life, value) != value:
+            raise Violation(f"G4: life {life} was completed with {self.completed[life]!r} and with {value!r}")
+
+    def _check_fence(self, grant: Grant, promise: Promise) -> None:
+        if promise.claim_landed < grant.landed < promise.landed:
+            raise Violation(f"G3: save {promise.number} was created after claim {grant.number} and reported durable")
+        if grant.life == promise.life and promise.landed < grant.landed and grant.resume < promise.batch:
+            raise Violation(f"G1: claim {grant.number} resumes at {grant.resume}, save {promise.number} at {promise.batch} was durable")
+
+    def _check_budget(self, new: Grant) -> None:
+        since = max((landed for life, landed in self.failed_ends if life == new.life and landed < new.landed), default=-1)
+        begun = sum(old.life == new.life and since < old.landed <= new.landed for old in self.grants)
+        excused = sum(life == new.life and since < landed < new.landed for life, landed in self.excused)
+        if begun - excused > self.max_failures + 1:
+            raise Violation(f"G5: {begun} attempts began, {excused} were excused, max_failures is {self.max_failures}")
+
+
+def _order(owner: Owner) -> tuple[int, int]:
+    return owner.ray_attempt, owner.local_retry
+
+
+# --- one incarnation ------------------------------------------------------------------------------------------------
+
+
+class Incarnation:
+    """One execution of the task: a claim, user code in batches, a writer beside it, and how it ends.
+
+    A batch adds 1 to `a`, and later 1 to `b`; a state in which they differ is half-updated.
+    """
+
+    def __init__(self, world: World, owner: Owner) -> None:
+        self.world = world
+        self.owner = owner
+        self.name = owner.writer
+        self.phase = "claiming"  # blocked, running, failing, leaving, ending, over
+        self.held: Any = None
+        self.newest: Snapshot | None = None
+        self.a = self.b = self.done = self.resumed_at = 0
+        self.cause = "exception"
+        self.gone = 0
+        self.job: Generator[Any, Any, None] | None = None
+        self.op: Any = None
+        self._start(self._claim())
+
+    # what the scheduler may do with it
+
+    @property
+    def can_work(self) -> bool:
+        """Whether the user's code runs; with `wait` not while a save is on its way."""
+        return self.phase == "running" and not (self.world.wait and self.job is not None)
+
+    def step(self, fault: str = "", cut: float = 0.5) -> None:
+        """Carry out the next thing that the rules want from the store, with a fault or without."""
+        if self.job is None:
+            return
+        try:
+            reply = self.world.perform(self, self.op, fault, cut)
+        except CheckpointStoreError:  # the shell drops the procedure, and tries again at the next occasion
+            self.job.close()
+            self._stop(f"{self.name}: store error at {type(self.op).__name__}")
+            return
+        self._resume(reply)
+
+    def work(self) -> None:
+        """Half a batch; then a boundary."""
+        if not self.can_work:
+            return
+        if self.a == self.b:
+            self.a += 1
+            return
+        self.b += 1
+        self.done += 1
+        if self.done % self.world.every == 0 or self.done == self.world.batches:
+            self.newest = self._snapshot()
+        if self.done >= self.world.batches:
+            self.phase = "ending"
+        self.go_on()
+
+    def fail(self) -> None:
+        """The user's code raises, perhaps in the middle of a batch."""
+        if self.phase == "running":
+            self.phase = "failing"
+            self.go_on()
+
+    def leave(self, cause: str) -> None:
+        """SIGTERM, drain, or an exception that wants a fresh process."""
+        if self.phase == "running":
+            self.phase, self.cause = "leaving", cause
+            self.go_on()
+
+    def claim_again(self, *, gone: int) -> None:
+        """After "blocked", or an error of the store: try once more."""
+        if self.phase in {"claiming", "blocked"} and self.job is None:
+            self.phase, self.gone = "claiming", gone
+            self._start(self._claim())
+
+    def die(self) -> None:
+        """SIGKILL; what it sent may still arrive."""
+        if self.phase != "over":
+            self._end("dies")
+            if self.job is not None:
+                self.job.close()
+                self.job = self.op = None
+
+    def go_on(self) -> None:
+        """Give the writer the next thing to do, if it is idle."""
+        if self.job is not None:
+            return
+        if self.phase == "running" and self.newest is not None and self.newest is not self.held.durable:
+            self._start(self._save(self.newest))
+        elif self.phase in {"failing", "leaving", "ending"}:
+            self._start({"failing": self._fail, "leaving": self._leave, "ending": self._complete}[self.phase]())
+
+    # its procedures
+
+    def _claim(self) -> Generator[Any, Any, None]:
+        world = self.world
+        me = world.rules.Claimant(self.owner, "task", "w", world.ledger.max_failures, named_run=world.named, gone=self.gone)
+        answer = yield from world.rules.claim(me, world.clock)
+        kind = type(answer).__name__
+        if kind == "Granted":
+            if answer.damaged:
+                raise Violation(f"{self.name} is told that {answer.damaged} are damaged, and nothing is")
+            self.held = answer.held
+            self._begin(answer.snapshot)
+        elif kind == "Finished":
+            outcome = answer.record.outcome
+            self._end(f"is given the outcome {outcome.status} of life {answer.record.life}")
+            if outcome.status == "completed":
+                world.ledger.outcome(answer.record.life, bytes(outcome.value))
+        elif answer.head.owner.writer == self.owner.writer:
+            raise Violation(f"{self.name} is kept out by a record of its own")
+        elif kind == "Blocked":
+            self.phase, self.gone = "blocked", answer.head.token
+            world.say(f"{self.name}: blocked by record {answer.head.number}")
+        else:
+            self._end(f"is refused by record {answer.head.number}")
+
+    def _save(self, snapshot: Snapshot) -> Generator[Any, Any, None]:
+        world = self.world
+        if not (yield from world.rules.save(self.held, snapshot, world.clock)):
+            self._superseded()
+            return
+        world.promised(self, self.held.last)
+        yield from world.rules.retain(self.held, world.keep)
+
+    def _fail(self) -> Generator[Any, Any, None]:
+        """What the wrapper does with an exception: the next attempt in this process, or the end."""
+        world = self.world
+        failure = FailureRecord("exception", self.held.attempt, self.done)
+        if exhausted(self.held.charged + 1, world.ledger.max_failures):
+            outcome, ended = Outcome("failed"), Ended("exception", charged=True)
+            saved = yield from world.rules.save(self.held, self._flush(), world.clock, ended=ended, failure=failure, outcome=outcome)
+            self._end("has failed for good") if saved else self._superseded()
+        elif (yield from world.rules.retry_record(self.held, self._flush(), failure, world.clock)):
+            world.promised(self, self.held.last)
+            self._begin(self.held.durable)
+        else:
+            self._superseded()
+
+    def _leave(self) -> Generator[Any, Any, None]:
+        world = self.world
+        charged = is_charged(self.cause, progressed=self.held.durable is not None and self.held.durable.batch > self.resumed_at)
+        failure = FailureRecord(self.cause, self.held.attempt, self.done) if charged else None
+        if (yield from world.rules.save(self.held, self._flush(), world.clock, ended=Ended(self.cause, charged), failure=failure)):
+            world.promised(self, self.held.last)
+            self._end(f"leaves: {self.cause}")
+        else:
+            self._superseded()
+
+    def _complete(self) -> Generator[Any, Any, None]:
+        world = self.world
+        outcome = Outcome("completed", recorded=True, value=msgspec.Raw(f'"{self.name}"'.encode()))
+        if (yield from world.rules.save(self.held, self._snapshot(), world.clock, outcome=outcome)):
+            world.promised(self, self.held.last)
+            world.ledger.outcome(self.held.life, bytes(outcome.value))
+            self._end("has completed")
+        else:
+            self._superseded()
+
+    def _flush(self) -> Snapshot | None:
+        return snapshot_to_flush(self.newest, self.held.durable)
+
+    # inside
+
+    def _snapshot(self) -> Snapshot:
+        state = msgspec.Raw(msgspec.json.encode({"a": self.a, "b": self.b}))
+        return Snapshot(state=state, loops=((Mark("batches", self.done),),), work_s=float(self.done))
+
+    def _begin(self, snapshot: Snapshot | None) -> None:
+        self.resumed_at = self.done = self.a = self.b = check_whole(snapshot)
+        self.newest = None
+        self.phase = "running"
+        self.world.began(self)
+
+    def _superseded(self) -> None:
+        if not any(record.owner.writer != self.name and record.number > self.held.token for record in self.world.landed):
+            raise Violation(f"{self.name} is told that it is superseded, and nobody is above it")
+        self._end("is superseded")
+
+    def _end(self, text: str) -> None:
+        self.world.say(f"{self.name}: {text}")
+        self.phase = "over"
+
+    def _start(self, job: Generator[Any, Any, None]) -> None:
+        self.job = job
+        self._resume(None)
+
+    def _resume(self, reply: object) -> None:
+        assert self.job is not None
+        self.world.clock += 1.0
+        try:
+            self.op = self.job.send(reply)
+        except StopIteration:
+            self._stop("")
+            self.go_on()
+        except AmbiguousReplyError:
+            self._stop(f"{self.name}: is left without an answer")
+        except CheckpointCorruptError as error:
+            raise Violation(f"{self.name} finds a damaged log: {error}") from error
+
+    def _stop(self, text: str) -> None:
+        self.job = self.op = None
+        if text:
+            self.world.say(text)
+
+
+def check_whole(snapshot: Snapshot | None) -> int:
+    """Batches done of a snapshot, which must be of a boundary (G9)."""
+    if snapshot is None:
+        return 0
+    state = msgspec.json.decode(bytes(snapshot.state))
+    if not state["a"] == state["b"] == snapshot.batch:
+        raise Violation(f"G9: half-updated state {state} at batch {snapshot.batch}")
+    return snapshot.batch
+
+
+# --- the world ------------------------------------------------------------------------------------------------------
+
+
+class World:
+    """The store, the incarnations, and what would be loaded if somebody looked.
+
+    Args:
+        rules: the module of the rules, or a broken variant of it.
+        backend: a real store to be driven beside the model.
+        batches: per life.
+        every: batches between snapshots.
+        wait: whether the user's code waits for each save.
+    """
+
+    def __init__(
+        self,
+        rules: Any = true_rules,
+        backend: Backend | None = None,
+        *,
+        batches: int = 4,
+        keep: int = 2,
+        max_failures: int = 2,
+        every: int = 1,
+        named: bool = False,
+        wait: bool = False,
+    ) -> None:
+        self.rules = rules
+        self.backend = backend
+        self.batches, self.keep, self.every, self.named, self.wait = batches, keep, every, named, wait
+        self.ledger = Ledger(max_failures)
+        self.records: dict[int, bytes] = {}
+        self.events: list[tuple[str, int]] = []  # every create and delete that took place, in order
+        self.landed: list[Record] = []
+        self.landings: dict[bytes, int] = {}  # when a record was created last
+        self.in_flight: list[tuple[Incarnation, int, bytes]] = []
+        self.incarnations: list[Incarnation] = []
+        self.clock = 0.0
+        self.story: list[str] = []
+        self._decoded: dict[bytes, Record] = {}
+        self._truth = (0, 1, 0)
+        self._tasks: dict[str, int] = {}  # task id -> its Ray attempts so far
+        self._epoch = 1
+
+    # what the scheduler may do
+
+    def start(self, kind: str = "rerun", task: int = -1) -> Incarnation:
+        """Begin another incarnation: Ray's next attempt of a task, another task, or one of another driver."""
+        names = list(self._tasks)
+        if kind == "rerun" and names:
+            name = names[task % len(names)]
+        else:
+            self._epoch += kind == "driver"
+            name = f"t{len(names) + 1}e{self._epoch}"
+            self._tasks[name] = 0
+        attempt = self._tasks[name]
+        self._tasks[name] += 1
+        epoch = int(name.rpartition("e")[2])
+        new = Incarnation(self, Owner(f"{name}.{attempt}", task_id=name, ray_attempt=attempt, epoch=epoch))
+        self.incarnations.append(new)
+        self.say(f"{new.name}: starts")
+        return new
+
+    def land(self, index: int = 0) -> None:
+        """A create that got no reply arrives."""
+        if self.in_flight:
+            writer, number, data = self.in_flight.pop(index % len(self.in_flight))
+            self._mutate(writer, f"late create {number}", lambda: self._create(number, data))
+
+    def perform(self, who: Incarnation, op: Any, fault: str, cut: float) -> Any:
+        """Carry out one op, with a fault or without."""
+        kind = type(op).__name__
+        if fault == "error" or (fault and kind in {"Get", "Delete"}):
+            raise CheckpointStoreError("injected")
+        if kind == "Create":
+            return self._perform_create(who, op.number, op.data, fault)
+        if kind == "Get":
+            if self.backend is not None:
+                assert self.backend.get(op.number) == self.records.get(op.number)
+            return self.records.get(op.number)
+        if kind == "Delete":
+            self._mutate(who, f"delete {op.number}", lambda: self._delete(op.number))
+            return None
+        if fault and op.may_be_stale:
+            return self._stale_listing(fault, cut)
+        if self.backend is not None:
+            assert self.backend.numbers() == sorted(self.records)
+        return sorted(self.records)
+
+    def quiet(self) -> None:
+        """The end of the story: a new driver comes, nothing goes wrong, and it must find all that was promised."""
+        for index in range(len(self.in_flight)):
+            self.land(index)
+        last = self.start("driver")
+        for _ in range(200):
+            last.step()
+            if last.phase in {"over", "running"}:
+                return
+        raise Violation(f"{last.name} does not get anywhere, it is {last.phase}")
+
+    # what incarnations tell
+
+    def say(self, text: str) -> None:
+        """Add a line to the story."""
+        self.story.append(text)
+
+    def began(self, who: Incarnation) -> None:
+        """An attempt was granted."""
+        number, held = who.held.token, who.held
+        self.say(f"{who.name}: granted {number}, life {held.life} attempt {held.attempt} charged {held.charged} at batch {who.resumed_at}")
+        self.ledger.grant(Grant(number, self._landing_of(number, who), held.life, who.resumed_at, held.owner))
+
+    def promised(self, who: Incarnation, number: int) -> None:
+        """A record was reported durable."""
+        batch = who.held.durable.batch if who.held.durable is not None else 0
+        self.say(f"{who.name}: record {number} at batch {batch} is durable")
+        record = self._newest_of(number, who)
+        claim = next(old for old in reversed(self.landed) if old.number == _claim_before(record, self.landed))
+        self.ledger.promise(Promise(number, self._landed(record), self._landed(claim), record.life, batch))
+
+    # inside
+
+    def _perform_create(self, who: Incarnation, number: int, data: bytes, fault: str) -> Any:
+        if fault in {"late", "dropped"}:
+            if fault == "late":
+                self.in_flight.append((who, number, data))
+            self.say(f"{who.name}: create {number} {fault}")
+            return self.rules.Reply.AMBIGUOUS
+        created = self._mutate(who, f"create {number} {fault}", lambda: self._create(number, data))
+        if fault == "lost":
+            return self.rules.Reply.AMBIGUOUS
+        return self.rules.Reply.CREATED if created and fault != "retried" else self.rules.Reply.EXISTS
+
+    def _stale_listing(self, fault: str, cut: float) -> list[int]:
+        """A listing that shows creates only up to some moment, and deletions up to that moment, none, or all up to now."""
+        then = int(cut * (len(self.events) + 1))
+        numbers: set[int] = set()
+        for kind, number in self.events[:then]:
+            if kind == "create":
+                numbers.add(number)
+            elif fault != "stale":
+                numbers.discard(number)
+        if fault == "stale and only the oldest":
+            numbers &= self.records.keys()
+        return sorted(numbers)
+
+    def _create(self, number: int, data: bytes) -> bool:
+        created = number not in self.records
+        if self.backend is not None:
+            assert self.backend.create(number, data) == created
+        if created:
+            self._landing(number, data)
+        return created
+
+    def _landing(self, number: int, data: bytes) -> None:
+        record = self._decode(number, data)
+        newest = max((old.number for old in self.landed), default=0)
+        self.records[number] = data
+        self.landings[data] = len(self.events)
+        now = len(self.events)
+        self.events.append(("create", number))
+        self.landed.append(record)
+        check_whole(record.snapshot)
+        if number <= newest:  # in a gap: nobody goes by it
+            return
+        if record.ended is not None and not record.ended.charged:
+            self.ledger.excused.append((record.life, now))
+        if record.outcome is not None and record.outcome.status == "failed":
+            self.ledger.failed_ends.append((record.life, now))
+        if record.outcome is not None and record.outcome.status == "completed":
+            self.ledger.outcome(record.life, bytes(record.outcome.value))
+
+    def _delete(self, number: int) -> None:
+        if self.backend is not None:
+            self.backend.delete(number)
+        if self.records.pop(number, None) is not None:
+            self.events.append(("delete", number))
+
+    def _mutate(self, who: Incarnation, text: str, change: Callable[[], Any]) -> Any:
+        """Change the store, and look what that does to what would be loaded now."""
+        self.say(f"{who.name}: {text}")
+        before = self._truth
+        result = change()
+        self._truth = after = self._would_load()
+        if before[1] == after[1] and after[2] < before[2]:
+            raise Violation(f"G2: what would be loaded goes back from batch {before[2]} to {after[2]}")
+        newest = max((grant.number for grant in self.ledger.grants), default=0)
+        if who.held is not None and who.held.token < newest and before != after:
+            raise Violation(f"G3: {who.name} (token {who.held.token}) changes what is loaded, after claim {newest}")
+        self._check_spare(after[1])
+        return result
+
+    def _would_load(self) -> tuple[int, int, int]:
+        """Number, life and batch of what a perfect reader would load now."""
+        if not self.records:
+            return 0, 1, 0
+        number = max(self.records)
+        head = self._decode(number, self.records[number])
+        holder: Record | None = head
+        if head.snapshot is None and head.points_to:
+            data = self.records.get(head.points_to)
+            if data is None:
+                raise Violation(f"G1: record {number} points to {head.points_to}, which is gone")
+            holder = self._decode(head.points_to, data)
+        batch = holder.snapshot.batch if holder is not None and holder.snapshot is not None else 0
+        return number, head.life, batch
+
+    def _check_spare(self, life: int) -> None:
+        """One damaged record must not cost everything: as soon as a life has two records with a state, it keeps two."""
+        ever = {record.number for record in self.landed if record.life == life and record.snapshot is not None}
+        if len(ever) > 1:
+            there = [number for number in ever if number in self.records]
+            if len(there) < 2:
+                raise Violation(f"of the records {sorted(ever)} of life {life}, retention left {there}")
+
+    def _landed(self, record: Record) -> int:
+        return self.landings[self._data_of(record)]
+
+    def _data_of(self, record: Record) -> bytes:
+        return next(data for data, decoded in self._decoded.items() if decoded is record)
+
+    def _landing_of(self, number: int, who: Incarnation) -> int:
+        return self._landed(self._newest_of(number, who))
+
+    def _newest_of(self, number: int, who: Incarnation) -> Record:
+        for record in reversed(self.landed):
+            if record.number == number and record.owner.writer == who.name:
+                return record
+        raise Violation(f"{who.name} is told that record {number} is durable, and it was never created")
+
+    def _decode(self, number: int, data: bytes) -> Record:
+        record = self._decoded.get(data)
+        if record is None:
+            record = decode_record(data, number)
+            assert record is not None
+            self._decoded[data] = record
+        return record
+
+
+def _claim_before(record: Record, landed: Iterable[Record]) -> int:
+    """The claim under which a record was written; for the claim of a retry, the one that it follows."""
+    if record.kind != "claim":
+        return record.token
+    tokens = (old.number for old in landed if old.kind == "claim" and old.owner.writer == record.owner.writer)
+    return max((number for number in tokens if number < record.number), default=record.number)

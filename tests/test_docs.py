@@ -1,0 +1,61 @@
+"""What the documentation shows runs: every python block of the README and the docs, and every example in a docstring."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import pkgutil
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import faultguard
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+PRELUDE = """
+import tempfile, ray
+ray.init(address="local", _temp_dir={temp!r}, num_cpus=2, include_dashboard=False)
+import faultguard
+faultguard.init(checkpoint_dir={checkpoints!r})
+def index(batch): return len(batch)
+def write(value, name): pass
+"""
+
+
+def _modules() -> list[str]:
+    return [module.name for module in pkgutil.walk_packages(faultguard.__path__, "faultguard.")]
+
+
+@pytest.mark.parametrize("name", _modules())
+def test_docstring_examples_run(name: str) -> None:
+    """Every example in a docstring gives what it says."""
+    failed, _ = doctest.testmod(importlib.import_module(name))
+    assert failed == 0
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("page", [page for page in PAGES if BLOCK.search(page.read_text("utf-8"))], ids=lambda page: page.name)
+def test_page_runs(page: Path, tmp_path: Path, ray_temp_dir: str) -> None:
+    """The python blocks of a page run one after another, as a reader would paste them."""
+    prelude = PRELUDE.format(temp=ray_temp_dir, checkpoints=str(tmp_path / "checkpoints"))
+    script = tmp_path / "page.py"
+    script.write_text(prelude + "\n".join(BLOCK.findall(page.read_text("utf-8"))), encoding="utf-8")
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=200, check=False, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_readme_is_short() -> None:
+    """A reader decides in one page."""
+    assert len((ROOT / "README.md").read_text("utf-8").splitlines()) <= 150
+
+
+def test_links_inside_the_project_lead_somewhere() -> None:
+    """No link of a page points at a file that is not there."""
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text("utf-8")):
+            assert target.startswith("http") or (page.parent / target).exists(), f"{page.name}: {target}"
