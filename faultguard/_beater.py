@@ -1,2 +1,235 @@
-def register(source: object) -> None: ...
-def unregister(source: object) -> None: ...
+"""One thread per process that tells the manager that its workers live, and how far they are. It never touches the store.
+
+A beat that cannot be delivered is dropped, not queued: the next one says more. Nothing that happens here reaches the work.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import math
+import os
+import threading
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import ray
+
+from faultguard import _events, _ray
+from faultguard._sidecar import Sidecar
+from faultguard.errors import ManagerUnavailableError
+from faultguard.manager import find_or_make, forget, known
+
+if TYPE_CHECKING:
+    from faultguard._settings import Settings
+
+__all__ = ["Source", "register", "unregister"]
+
+FIRST_BEAT_S = 0.5  # shorter tasks cost no call, and make no actor
+REPLY_S = 0.5  # a reply is waited for on the spot; a later one is looked for every so often
+RESOLVE_S = 10.0
+RETRY_S = 0.5
+IDLE_S = 1.0
+EXIT_S = 2.0
+
+
+class Source(Protocol):
+    """A worker that beats."""
+
+    @property
+    def settings(self) -> Settings:
+        """Of its run."""
+
+    def beat(self) -> dict[str, object]:
+        """What the manager is told; called on the beater's thread."""
+
+    def final_beat(self) -> dict[str, object]:
+        """The last one; called by `unregister`."""
+
+
+@dataclass(slots=True, eq=False)
+class _Client:
+    """A registered source: when its first beat is due, and whether it was ever sent one."""
+
+    source: Source
+    first: float
+    beaten: bool = False
+
+
+def register(source: Source) -> None:
+    """Let a worker beat from now on, for the first time in `FIRST_BEAT_S`."""
+    _hook()
+    client = _Client(source, time.monotonic() + FIRST_BEAT_S)
+    _clients[id(source)] = client
+    _beater.add(client)
+
+
+def unregister(source: Source) -> None:
+    """Let it beat no more. If it ever did, its final beat is sent, and not waited for."""
+    client = _clients.pop(id(source), None)
+    if client is None:
+        return
+    _beater.remove(client)
+    if client.beaten and not _exiting.is_set():
+        try:
+            _send_final(source)
+        except Exception as error:  # noqa: BLE001 - the work is over; the log has its outcome
+            _report(threading.current_thread().name, error)
+
+
+def _send_final(source: Source) -> None:
+    handle = known(source.settings)
+    if handle is not None:
+        handle.beat.remote([{**source.final_beat(), "final": True}])
+
+
+class _Line:
+    """The calls of this process to the manager of one run: one in flight."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._ref: Any = None
+        self._sent = 0.0
+        self._due = 0.0
+        self._lost = False
+        self._retry_s = RETRY_S
+
+    def step(self, clients: list[_Client]) -> float:
+        """Do what is due. Returns when to come again, monotonic seconds."""
+        now = time.monotonic()
+        if self._ref is not None and not self._settle(0.0):
+            if now - self._sent < self._settings.heartbeat_timeout:
+                return now + REPLY_S
+            self._drop(f"no reply for {self._settings.heartbeat_timeout:g} s")
+        due = [client for client in clients if client.first <= now]
+        first = min((client.first for client in clients if client.first > now), default=math.inf)
+        if due and (now >= self._due or not (self._lost or all(client.beaten for client in due))):
+            self._send(due)
+        return min(self._due, first) if due else first
+
+    def _send(self, clients: list[_Client]) -> None:
+        """Beat for all these workers in one call, and see whether it arrives."""
+        self._due = time.monotonic() + self._settings.heartbeat_interval
+        try:
+            handle = find_or_make(self._settings, RESOLVE_S)
+            self._ref = handle.beat.remote([beat for client in clients if (beat := _beat(client)) is not None])
+        except (ManagerUnavailableError, ray.exceptions.RayError) as error:
+            self._drop(error)
+            return
+        self._sent = time.monotonic()
+        for client in clients:
+            client.beaten = True
+        if not self._settle(REPLY_S):
+            self._due = time.monotonic() + REPLY_S
+
+    def _settle(self, wait_s: float) -> bool:
+        """Look whether the call in flight has ended, and how."""
+        ready, _ = ray.wait([self._ref], timeout=wait_s)
+        if not ready:
+            return False
+        try:
+            ray.get(self._ref)
+        except ray.exceptions.RayError as error:
+            self._drop(error)
+        else:
+            self._ref = None
+            self._back()
+        return True
+
+    def _drop(self, why: object) -> None:
+        """That beat is lost. The first of an outage is told; the actor may restart by itself, or has to be found anew."""
+        self._ref = None
+        if isinstance(why, ray.exceptions.ActorDiedError):
+            forget(self._settings)
+        self._due = time.monotonic() + self._retry_s
+        self._retry_s = min(2 * self._retry_s, max(self._settings.heartbeat_interval, RETRY_S))
+        if not self._lost:
+            self._lost = True
+            run = self._settings.run
+            text = (
+                f"the manager of run {run!r} cannot be reached ({_first_line(why)}). Work and checkpoints go on; until it is back, nobody "
+                f"notices silence."
+            )
+            _events.emit(logging.WARNING, "faultguard.manager_lost", text, run=run, error=str(why))
+
+    def _back(self) -> None:
+        self._retry_s = RETRY_S
+        if self._lost:
+            self._lost = False
+            run = self._settings.run
+            _events.emit(logging.INFO, "faultguard.manager_back", f"the manager of run {run!r} is back.", run=run)
+
+
+def _beat(client: _Client) -> dict[str, object] | None:
+    """One beat; None where the worker cannot say one, which must not silence the others."""
+    try:
+        return client.source.beat()
+    except Exception as error:  # noqa: BLE001 - see above
+        _report(threading.current_thread().name, error)
+        return None
+
+
+def _work(clients: list[_Client]) -> float:
+    """What the thread does: all workers of the process, by run."""
+    with _busy:
+        if _exiting.is_set():
+            return math.inf
+        if not _ray.is_ready():
+            return time.monotonic() + IDLE_S
+        runs: dict[tuple[str, str], list[_Client]] = {}
+        for client in clients:
+            settings = client.source.settings
+            runs.setdefault((settings.job_id, settings.run), []).append(client)
+        for gone in _lines.keys() - runs.keys():
+            del _lines[gone]
+        due = math.inf
+        for key, members in runs.items():
+            line = _lines.setdefault(key, _Line(members[0].source.settings))
+            due = min(due, line.step(members))
+        return due
+
+
+def _report(name: str, error: Exception) -> None:
+    """Say an error of our own, once as long as it is the same."""
+    global _said  # noqa: PLW0603 - one thread says, mostly; twice would do no harm
+    text = f"thread {name} goes on after an error of its own: {error!r}"
+    if text != _said:
+        _said = text
+        _events.emit(logging.ERROR, "faultguard.thread_error", text, thread=name, error=repr(error))
+
+
+def _first_line(why: object) -> str:
+    return (str(why).strip().splitlines() or [type(why).__name__])[0]
+
+
+def _hook() -> None:
+    """Stop before Ray does, at the end of the interpreter: a thread inside Ray would meet its ruins."""
+    global _hooked  # noqa: PLW0603 - once per process
+    if not _hooked:
+        _hooked = True
+        atexit.register(_at_exit)
+
+
+def _at_exit() -> None:
+    _exiting.set()
+    if _busy.acquire(timeout=EXIT_S):
+        _busy.release()
+
+
+def _after_fork() -> None:
+    """A child has neither the thread nor the connection."""
+    global _busy  # noqa: PLW0603 - the parent's may be held by a thread that the child does not have
+    _busy = threading.Lock()
+    _clients.clear()
+    _lines.clear()
+
+
+_clients: dict[int, _Client] = {}
+_lines: dict[tuple[str, str], _Line] = {}
+_busy = threading.Lock()
+_exiting = threading.Event()
+_hooked = False
+_said = ""
+_beater: Sidecar[_Client] = Sidecar("faultguard-beater", _work, _report)
+os.register_at_fork(after_in_child=_after_fork)

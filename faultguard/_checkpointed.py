@@ -56,7 +56,7 @@ class checkpointed:  # noqa: N801 - read as `with checkpointed(...)`
     >>> import faultguard
     >>> @faultguard.recoverable
     ... def count(items):
-    ...     with faultguard._checkpointed(state={"n": 0}) as ckpt:
+    ...     with faultguard.checkpointed(state={"n": 0}) as ckpt:
     ...         for item in ckpt.batches(items):
     ...             ckpt.state["n"] += item
     ...     return ckpt.state["n"]
@@ -179,7 +179,7 @@ def current() -> Checkpoint:
     if task is None:
         msg = (
             "faultguard.current() is refused: this thread runs no decorated task. Decorate the task with @faultguard.recoverable, or open "
-            "`with faultguard._checkpointed(worker_id) as ckpt`; in a thread of your own, pass the handle on"
+            "`with faultguard.checkpointed(worker_id) as ckpt`; in a thread of your own, pass the handle on"
         )
         raise UsageError(msg)
     return task.handle

@@ -182,9 +182,9 @@ def _refuse_target(target: Any) -> None:
     if isinstance(target, RecoverableFunction) or hasattr(target, "__faultguard__"):
         way_out = "it is recoverable already; decorate it once"
     elif _ray.is_actor_class(target):
-        way_out = "it is an actor class; use `with faultguard._checkpointed(worker_id)` inside its methods"
+        way_out = "it is an actor class; use `with faultguard.checkpointed(worker_id)` inside its methods"
     elif isinstance(target, type):
-        way_out = "it is a class; decorate a function, or use `with faultguard._checkpointed(worker_id)` inside the methods of an actor"
+        way_out = "it is a class; decorate a function, or use `with faultguard.checkpointed(worker_id)` inside the methods of an actor"
     elif _ray.is_options_wrapper(target):
         way_out = (
             "it is what .options() of a remote function gives, from which Ray does not give the function back; decorate the remote "

@@ -65,6 +65,10 @@ class _Worker:
     def over(self) -> bool:
         return self.closed or self.ended is not None
 
+    @property
+    def watched(self) -> bool:
+        return self.token > 0 and not self.over and self.calls == 0
+
 
 class Registry:
     """Registered workers. May be used by several threads; what touches the store says so.
@@ -123,12 +127,8 @@ class Registry:
         """Who of the workers known here is silent for too long, and for how many seconds."""
         with self._lock:
             awake = self._clock.read(time.monotonic())
-            ages = {worker_id: awake - worker.heard for worker_id, worker in self._workers.items() if worker.token and not self._excused(worker)}
+            ages = {worker_id: awake - worker.heard for worker_id, worker in self._workers.items() if worker.watched}
         return {worker_id: age for worker_id, age in ages.items() if age > self._settings.heartbeat_timeout}
-
-    @staticmethod
-    def _excused(worker: _Worker) -> bool:
-        return worker.over or worker.calls > 0
 
     # --- with the store ---
 
@@ -149,18 +149,17 @@ class Registry:
         with worker.log_lock:
             loaded = log.run(_look())
             head = loaded.head
-            if head is not None and head.kind == "claim" and call_id and head.owner.task_id == call_id:
-                return self._adopt(worker, loaded).token
             if head is not None and self._is_used_up(head):
                 raise self._exceeded(head)
+            if head is not None and call_id and head.owner.task_id == call_id:
+                return self._adopt(worker, loaded).token
             answer = log.run(rules.claim(self._claimant(worker_id, call_id), time.time()))
-            if isinstance(answer, rules.Finished):
-                self._know(worker, None, token=answer.record.token, closed=True)
-                raise self._exceeded(answer.record)
-            if not isinstance(answer, rules.Granted):
-                raise TypeError(f"a claim that is always allowed was answered with {answer!r}")
-            self._begin(worker, answer, state)
-        return answer.held.token
+            if isinstance(answer, rules.Granted):
+                self._begin(worker, answer, state)
+                return answer.held.token
+            record = answer.record if isinstance(answer, rules.Finished) else answer.head
+            self._know(worker, None, token=record.token, closed=True)
+            raise self._exceeded(record)
 
     def look_up(self, worker_id: str, state: object, token: int | None) -> bool:
         """Answer a heartbeat from the log. When the log cannot be read the answer is True: nobody is stopped for that."""
@@ -198,7 +197,8 @@ class Registry:
                 # Late, but not lost: the checkpoint of an attempt that was marked failed repeats that note, which is charged once.
                 note = _repeated(worker.ended)
                 if self._append(worker, log, held, snapshot, ended=note, outcome=outcome):
-                    self._saved(worker, checked)
+                    with self._lock:
+                        self._hear(worker, checked)
                     return log.path(held.last) if held.durable is not None else None
         raise _contended(worker_id)
 
@@ -267,7 +267,7 @@ class Registry:
             )
             raise SupersededError(text, worker_id=worker_id, attempt=held.attempt, token=token)
         if token is not None and token > held.last:
-            raise UsageError(f"token {token} of worker {worker_id!r} is none of its log; pass what register_worker({worker_id!r}, ...) returned")
+            raise UsageError(f"token {token} of worker {worker_id!r} is not in its log; pass what register_worker returned for it")
         return held
 
     def _append(self, worker: _Worker, log: StoredLog, held: rules.Held, snapshot: Snapshot | None, **end: Any) -> bool:
@@ -287,10 +287,9 @@ class Registry:
         """Take a granted claim to memory, and say what it follows."""
         held = granted.held
         self._know(worker, held, token=held.token)
-        found = _codec.decode(bytes(granted.snapshot.state)) if granted.snapshot is not None else state
         with self._lock:
-            worker.batch = None
-            self._hear(worker, found)
+            worker.batch = _batch_in(granted.snapshot)
+            self._hear(worker, state if granted.snapshot is None else None)
         if held.attempt > 1:
             _say_recovered(held, self._settings.max_failures)
 
@@ -305,18 +304,14 @@ class Registry:
         with self._lock:
             if worker.heard == -math.inf:
                 worker.heard = self._clock.read(time.monotonic())
-            if worker.batch is None and loaded.snapshot is not None:
-                worker.batch = batch_of(_codec.decode(bytes(loaded.snapshot.state)))
+            if worker.batch is None:
+                worker.batch = _batch_in(loaded.snapshot)
         return held
 
     def _know(self, worker: _Worker, held: rules.Held | None, *, token: int, ended: Ended | None = None, closed: bool = False) -> None:
         with self._lock:
-            worker.held = held
             worker.token, worker.ended, worker.closed = token, ended, closed
-
-    def _saved(self, worker: _Worker, state: dict[str, Any] | None) -> None:
-        with self._lock:
-            self._hear(worker, state)
+            worker.held = None if worker.over else held  # another manager may begin the next attempt: look, when it matters again
 
     # --- small things ---
 
@@ -329,12 +324,10 @@ class Registry:
         state, record = stored
         if record.ended is not None and record.kind != "end":
             state = replace(state, status="failed")
-        batch = batch_of(_codec.decode(bytes(record.snapshot.state))) if record.snapshot is not None else None
         worker = self._workers.get(record.worker_id)
         if worker is None or worker.token != record.token:
-            return replace(state, current_batch=batch)
-        current = worker.batch if worker.batch is not None else batch
-        return replace(state, current_batch=current, last_heartbeat=worker.heard_at or state.last_heartbeat)
+            return replace(state, current_batch=_batch_in(record.snapshot))
+        return replace(state, current_batch=worker.batch, last_heartbeat=worker.heard_at or state.last_heartbeat)
 
     def _worker(self, worker_id: str) -> _Worker:
         with self._lock:
@@ -372,6 +365,16 @@ def batch_of(state: Mapping[str, Any] | None, default: Any = None) -> Any:
     """
     state = state or {}
     return state.get("current_batch", state.get("batch_id", default))
+
+
+def _batch_in(snapshot: Snapshot | None) -> Any:
+    """What a checkpoint says of its batch. That is for the view: a state that cannot be read must not stop a save."""
+    if snapshot is None:
+        return None
+    try:
+        return batch_of(_codec.decode(bytes(snapshot.state)))
+    except (CheckpointCorruptError, UsageError):
+        return None
 
 
 def _repeated(ended: Ended | None) -> Ended | None:

@@ -101,23 +101,23 @@ def manager() -> ActorHandle[Any]:
         UsageError: there is no run here.
         ManagerUnavailableError: it does not answer, or serves another store.
     """
-    from faultguard import manager as actors
     from faultguard._session import current_settings
+    from faultguard.manager import find_or_make
 
-    return actors.find_or_make(current_settings())
+    return find_or_make(current_settings())
 
 
 def _live(settings: Settings) -> list[dict[str, Any]]:
     """What the manager heard; nothing if there is none, or if it does not answer."""
-    from faultguard import manager as actors
+    from faultguard.manager import find, forget
 
     if not _ray.is_ready():
         return []
     try:
-        handle = actors.find(settings)
+        handle = find(settings)
         beats: list[dict[str, Any]] = _ray.get_within(handle.live_workers.remote(), LIVE_WAIT_S) if handle is not None else []
     except ray.exceptions.RayError:
-        actors.forget(settings)
+        forget(settings)
         return []
     return beats
 

@@ -13,7 +13,6 @@ import random
 import sys
 from dataclasses import dataclass, field
 from importlib import import_module
-from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Protocol
@@ -70,6 +69,14 @@ class Promise:
     claim_landed: int  # when the claim of the attempt that saved was created
     life: int
     batch: int
+
+
+@dataclass(frozen=True)
+class Landing:
+    """A create that took place, as the `moment`-th event of the store."""
+
+    moment: int
+    record: Record
 
 
 @dataclass
@@ -302,7 +309,7 @@ class Incarnation:
         self.world.began(self)
 
     def _superseded(self) -> None:
-        if not any(record.owner.writer != self.name and record.number > self.held.token for record in self.world.landed):
+        if not any(old.record.owner.writer != self.name and old.record.number > self.held.token for old in self.world.landed):
             raise Violation(f"{self.name} is told that it is superseded, and nobody is above it")
         self._end("is superseded")
 
@@ -375,8 +382,7 @@ class World:
         self.ledger = Ledger(max_failures)
         self.records: dict[int, bytes] = {}
         self.events: list[tuple[str, int]] = []  # every create and delete that took place, in order
-        self.landed: list[Record] = []
-        self.landings: dict[bytes, int] = {}  # when a record was created last
+        self.landed: list[Landing] = []
         self.in_flight: list[tuple[Incarnation, int, bytes]] = []
         self.incarnations: list[Incarnation] = []
         self.clock = 0.0
@@ -452,15 +458,15 @@ class World:
         """An attempt was granted."""
         number, held = who.held.token, who.held
         self.say(f"{who.name}: granted {number}, life {held.life} attempt {held.attempt} charged {held.charged} at batch {who.resumed_at}")
-        self.ledger.grant(Grant(number, self._landing_of(number, who), held.life, who.resumed_at, held.owner))
+        self.ledger.grant(Grant(number, self._landing_of(number, who).moment, held.life, who.resumed_at, held.owner))
 
     def promised(self, who: Incarnation, number: int) -> None:
         """A record was reported durable."""
         batch = who.held.durable.batch if who.held.durable is not None else 0
         self.say(f"{who.name}: record {number} at batch {batch} is durable")
-        record = self._newest_of(number, who)
-        claim = next(old for old in reversed(self.landed) if old.number == _claim_before(record, self.landed))
-        self.ledger.promise(Promise(number, self._landed(record), self._landed(claim), record.life, batch))
+        landing = self._landing_of(number, who)
+        claim = self._landing_of(_claim_of(landing.record, self.landed), who)
+        self.ledger.promise(Promise(number, landing.moment, claim.moment, landing.record.life, batch))
 
     # inside
 
@@ -498,12 +504,11 @@ class World:
 
     def _landing(self, number: int, data: bytes) -> None:
         record = self._decode(number, data)
-        newest = max((old.number for old in self.landed), default=0)
-        self.records[number] = data
-        self.landings[data] = len(self.events)
+        newest = max((old.record.number for old in self.landed), default=0)
         now = len(self.events)
+        self.records[number] = data
         self.events.append(("create", number))
-        self.landed.append(record)
+        self.landed.append(Landing(now, record))
         check_whole(record.snapshot)
         if number <= newest:  # in a gap: nobody goes by it
             return
@@ -551,25 +556,17 @@ class World:
 
     def _check_spare(self, life: int) -> None:
         """One damaged record must not cost everything: as soon as a life has two records with a state, it keeps two."""
-        ever = {record.number for record in self.landed if record.life == life and record.snapshot is not None}
+        ever = {old.record.number for old in self.landed if old.record.life == life and old.record.snapshot is not None}
         if len(ever) > 1:
             there = [number for number in ever if number in self.records]
             if len(there) < 2:
                 raise Violation(f"of the records {sorted(ever)} of life {life}, retention left {there}")
 
-    def _landed(self, record: Record) -> int:
-        return self.landings[self._data_of(record)]
-
-    def _data_of(self, record: Record) -> bytes:
-        return next(data for data, decoded in self._decoded.items() if decoded is record)
-
-    def _landing_of(self, number: int, who: Incarnation) -> int:
-        return self._landed(self._newest_of(number, who))
-
-    def _newest_of(self, number: int, who: Incarnation) -> Record:
-        for record in reversed(self.landed):
-            if record.number == number and record.owner.writer == who.name:
-                return record
+    def _landing_of(self, number: int, who: Incarnation) -> Landing:
+        """How record `number` of an incarnation came last into the store."""
+        for landing in reversed(self.landed):
+            if landing.record.number == number and landing.record.owner.writer == who.name:
+                return landing
         raise Violation(f"{who.name} is told that record {number} is durable, and it was never created")
 
     def _decode(self, number: int, data: bytes) -> Record:
@@ -581,9 +578,195 @@ class World:
         return record
 
 
-def _claim_before(record: Record, landed: Iterable[Record]) -> int:
-    """The claim under which a record was written; for the claim of a retry, the one that it follows."""
+def _claim_of(record: Record, landed: Iterable[Landing]) -> int:
+    """Number of the claim under which a record was written; for the claim of a retry, of the one that it follows."""
     if record.kind != "claim":
         return record.token
-    tokens = (old.number for old in landed if old.kind == "claim" and old.owner.writer == record.owner.writer)
-    return max((number for number in tokens if number < record.number), default=record.number)
+    claims = (old.record.number for old in landed if old.record.kind == "claim" and old.record.owner.writer == record.owner.writer)
+    return max((number for number in claims if number < record.number), default=record.number)
+
+
+# --- schedules ------------------------------------------------------------------------------------------------------
+
+BURSTS = (1, 1, 2, 3, 4, 6, 10, 30)
+FAULT_SHARES = (0.0, 0.05, 0.15, 0.4)
+
+
+def random_world(seed: int, rules: Any = true_rules, backend: Backend | None = None, world: type[World] = World) -> World:
+    """A world that has lived through the schedule of this seed.
+
+    Incarnations run in bursts, because what breaks a protocol is one that sleeps through the lives of others.
+
+    Raises:
+        Violation: with the seed and the story.
+    """
+    rng = random.Random(seed)
+    options = {
+        "batches": rng.choice((3, 4, 6, 9)),
+        "keep": rng.choice((2, 2, 3)),
+        "max_failures": rng.choice((0, 1, 2, 3, -1)),
+        "every": rng.choice((1, 1, 2)),
+        "named": rng.random() < 0.3,
+        "wait": rng.random() < 0.5,
+    }
+    lived = world(rules, backend, **options)
+    try:
+        _live(lived, rng)
+        lived.quiet()
+    except Violation as violation:
+        story = "\n  ".join(lived.story)
+        raise Violation(f"{violation}\nseed {seed}: {options}\n  {story}") from violation
+    return lived
+
+
+def _live(world: World, rng: random.Random) -> None:
+    faults = rng.choice(FAULT_SHARES)
+    deaths, failures = rng.choice((0.02, 0.2, 0.5)), rng.choice((0.0, 0.02, 0.1))
+    world.start()
+    for _ in range(rng.choice((12, 25, 50))):
+        alive = [one for one in world.incarnations if one.phase != "over"]
+        if not alive or (len(world.incarnations) < MAX_INCARNATIONS and rng.random() < 0.2):
+            if len(world.incarnations) >= MAX_INCARNATIONS:
+                return
+            alive = [world.start(rng.choice(("rerun", "rerun", "rerun", "rerun", "task", "driver")), rng.randrange(4))]
+        one = rng.choice(alive[-4:] if rng.random() < 0.8 else alive)
+        for _ in range(rng.choice(BURSTS)):
+            _one_step(one, rng, faults, failures)
+        if world.in_flight and rng.random() < 0.15:
+            world.land(rng.randrange(8))
+        if rng.random() < deaths * 0.3:
+            rng.choice(alive).die()
+
+
+def _one_step(one: Incarnation, rng: random.Random, faults: float, failures: float) -> None:
+    if one.job is None and one.phase in {"claiming", "blocked"}:
+        one.claim_again(gone=one.gone if rng.random() < 0.7 else 0)
+    elif one.can_work and (one.job is None or rng.random() < 0.3):
+        if rng.random() < failures:
+            one.fail() if rng.random() < 0.7 else one.leave(rng.choice(("terminated", "left", "exception", "cancelled")))
+        else:
+            one.work()
+    elif one.job is None:
+        one.go_on()
+    else:
+        one.step(_fault(one, rng, faults), rng.random())
+
+
+def _fault(one: Incarnation, rng: random.Random, share: float) -> str:
+    kind = type(one.op).__name__
+    if kind == "List" and one.op.may_be_stale and rng.random() < 0.3:
+        return rng.choice(LIST_FAULTS[:3])
+    if rng.random() >= share:
+        return ""
+    return rng.choice(CREATE_FAULTS) if kind == "Create" else "error" if rng.random() < 0.3 else ""
+
+
+# --- broken variants ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Variant:
+    """The rules with one line switched: what a tempting simplification would be."""
+
+    module: str
+    line: str
+    instead: str
+
+
+VARIANTS = {
+    "claims deleted by retention": Variant(
+        "faultguard._core.log",
+        'return [number for number in holders if number < oldest_kept and known[number] != "inline"]',
+        "return [number for number in sorted(known) if number < oldest_kept]",
+    ),
+    "own lost claim removed": Variant(
+        "faultguard._core.log",
+        "if created and max(numbers, default=0) == number:",
+        "if created and (max(numbers, default=0) == number or (yield Delete(number))):",
+    ),
+    "no second listing": Variant(
+        "faultguard._core.log",
+        "if created and max(numbers, default=0) == number:",
+        "if created:",
+    ),
+    "blind re-create": Variant(
+        "faultguard._core.log",
+        "if any(other > number for other in numbers):",
+        "if False:",
+    ),
+    "keep by number": Variant(
+        "faultguard._core.log",
+        "oldest_kept = valid[-max(keep, MIN_KEEP)]",
+        "oldest_kept = valid[-1] - max(keep, MIN_KEEP) + 1",
+    ),
+    "budget reset by a crash": Variant(
+        "faultguard._core.budget",
+        'if head.kind == "end" and head.outcome is not None and head.outcome.status == "failed":',
+        "if head.ended is None:",
+    ),
+    "flush of a half-updated state": Variant(
+        "tests.model",
+        "return snapshot_to_flush(self.newest, self.held.durable)",
+        "return self._snapshot()",
+    ),
+    "order of claims by arrival": Variant(
+        "faultguard._core.log",
+        'return "wait" if mine == theirs else "refuse"',
+        'return "wait" if mine == theirs else "claim"',
+    ),
+}
+
+
+def broken(variant: Variant) -> tuple[Any, type[World]]:
+    """The rules and the world with the line of a variant switched; everything else is as it is."""
+    if variant.module == "faultguard._core.log":
+        return _switched(variant), World
+    if variant.module == "faultguard._core.budget":
+        other = _switched(variant)
+        log = _execute(true_rules.__name__, _source(true_rules.__name__), {"faultguard._core.budget": other})
+        return log, World
+    return true_rules, _switched(variant).World  # type: ignore[no-any-return]
+
+
+def _switched(variant: Variant) -> ModuleType:
+    lines = _source(variant.module).splitlines()
+    found = [index for index, line in enumerate(lines) if line.strip() == variant.line]
+    assert len(found) == 1, f"{variant.line!r} occurs {len(found)} times in {variant.module}"
+    indent = lines[found[0]][: -len(variant.line)]
+    lines[found[0]] = indent + variant.instead
+    return _execute(variant.module, "\n".join(lines), {})
+
+
+def _source(module: str) -> str:
+    path = import_module(module).__file__
+    assert path is not None
+    return Path(path).read_text("utf-8")
+
+
+def _execute(name: str, source: str, instead: dict[str, ModuleType]) -> ModuleType:
+    """Run a source as a module of the same name and package, which sees `instead` of some others. Nothing of it stays."""
+    module = ModuleType(name)
+    module.__package__ = name.rpartition(".")[0]
+    names = {name: module, **instead}
+    before = {key: sys.modules[key] for key in names}
+    sys.modules.update(names)
+    try:
+        exec(compile(source, f"<{name} with a line switched>", "exec"), module.__dict__)  # noqa: S102 - our own source
+    finally:
+        sys.modules.update(before)
+    return module
+
+
+def find(seeds: Iterable[int], rules: Any = true_rules, world: type[World] = World) -> tuple[int, str] | None:
+    """The first of these seeds whose schedule breaks a guarantee, and its story."""
+    for seed in seeds:
+        try:
+            random_world(seed, rules, world=world)
+        except AssertionError as violation:  # a variant of this module has a Violation of its own
+            return seed, str(violation)
+    return None
+
+
+if __name__ == "__main__":
+    chosen = broken(VARIANTS[sys.argv[2]]) if len(sys.argv) > 2 else (true_rules, World)
+    print("\n  ".join(random_world(int(sys.argv[1]), chosen[0], world=chosen[1]).story))

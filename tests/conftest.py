@@ -1,0 +1,64 @@
+"""One small private Ray cluster per test module, and one run of faultguard per test."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from typing import TYPE_CHECKING, Any, Protocol
+
+import pytest
+import ray
+
+import faultguard
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # tests do not phone home
+CPUS = 4
+
+
+class StartRun(Protocol):
+    """`faultguard.init` with the checkpoints of this test."""
+
+    def __call__(self, **options: Any) -> faultguard.Run: ...
+
+
+@pytest.fixture
+def ray_temp_dir() -> Iterator[str]:
+    """A directory for a cluster of one test, short enough for the paths of Ray's sockets."""
+    yield from _temporary_dir()
+
+
+@pytest.fixture(scope="module")
+def ray_cluster() -> Iterator[str]:
+    """A cluster of this module's own; never one that is found running. Gives its directory."""
+    for directory in _temporary_dir():
+        context = ray.init(address="local", _temp_dir=directory, num_cpus=CPUS, include_dashboard=False, log_to_driver=False)
+        yield directory
+        context.disconnect()
+
+
+@pytest.fixture
+def start_run(ray_cluster: str, tmp_path: Path) -> Iterator[StartRun]:
+    """Starts the run of a test with options of its own; it ends with the test."""
+
+    def start(**options: Any) -> faultguard.Run:
+        return faultguard.init(checkpoint_dir=tmp_path / "checkpoints", **options)
+
+    yield start
+    faultguard.shutdown()
+
+
+@pytest.fixture
+def run(start_run: StartRun) -> faultguard.Run:
+    """A run with the usual options."""
+    return start_run()
+
+
+def _temporary_dir() -> Iterator[str]:
+    directory = tempfile.mkdtemp(prefix="fg-", dir="/tmp")
+    yield directory
+    shutil.rmtree(directory, ignore_errors=True)  # processes of the cluster may still be leaving
