@@ -20,7 +20,6 @@ import ray
 
 from faultguard import _events, _ray
 from faultguard._core.records import Outcome
-from faultguard._registry import Registry
 from faultguard._settings import PROTOCOL, Settings, check_max_failures, decode_settings, option, resolve_checkpoint_dir
 from faultguard._watch import LiveView
 from faultguard.errors import ManagerUnavailableError, UsageError
@@ -61,6 +60,8 @@ class RecoveryManagerActor:
             settings: of the store and the limits, encoded.
             name: of the actor that a job shares; it ends itself with the job. Empty: it belongs to who made it.
         """
+        from faultguard._registry import Registry  # only the actor needs it, and every worker process imports this module
+
         self._settings = decode_settings(settings)
         self._name = name
         self._actor_id = ray.get_runtime_context().get_actor_id() or ""

@@ -182,6 +182,8 @@ def may_claim(head: Record | None, me: Claimant) -> Verdict:
     owner = head.owner
     if head.kind == "end":
         return _after_end(head, me)
+    if owner.writer == me.owner.writer:
+        return "claim"  # an earlier try of this very claim, cut short by an error of the store
     if owner.task_id == me.owner.task_id:
         mine, theirs = _order(me.owner), _order(owner)
         if mine > theirs or (mine == theirs and head.ended is not None):
@@ -197,11 +199,11 @@ def _order(owner: Owner) -> tuple[int, int]:
 
 
 def _after_end(head: Record, me: Claimant) -> Verdict:
-    """A task that runs again gets its outcome; new work begins a new life, or after a failure goes on."""
+    """A task that runs again gets its outcome; new work begins a new life, or after a failure goes on, but not for an older driver."""
     completed = head.outcome is None or head.outcome.status == "completed"
     if head.owner.task_id == me.owner.task_id or (completed and me.named_run):
         return "outcome"
-    return "claim"
+    return "claim" if me.owner.epoch >= head.owner.epoch else "refuse"
 
 
 # --- loading --------------------------------------------------------------------------------------------------------
@@ -317,7 +319,8 @@ def claim_record(me: Claimant, loaded: Loaded, number: int, now: float) -> Recor
     if head.kind == "end" and (head.outcome is None or head.outcome.status == "completed"):
         return replace_record(base, life=head.life + 1, predecessor="completed")
     charged, failures = next_budget(head)
-    crashed = cost_of_crash(head)
+    own = head.owner.writer == me.owner.writer  # nothing has run under it
+    crashed = 0 if own else cost_of_crash(head)
     if crashed:
         charged += crashed
         failures = add_failure(failures, _crash(head, loaded.snapshot, now))
@@ -325,7 +328,7 @@ def claim_record(me: Claimant, loaded: Loaded, number: int, now: float) -> Recor
     record = replace_record(
         base,
         life=head.life,
-        attempt=1 if head.kind == "end" else head.attempt + 1,
+        attempt=1 if head.kind == "end" else head.attempt + (not own),
         charged=charged,
         failures=failures,
         predecessor="crash" if crashed else (head.ended.cause if head.ended else "failed"),
