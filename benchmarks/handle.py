@@ -24,7 +24,7 @@ from faultguard.storage import open_store
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["durable", "loop", "plain_state", "snapshot"]
+__all__ = ["durable", "loop", "newest_record", "plain_state", "snapshot"]
 
 BLOCK = 10  # saves in a row: the first write after another's fsync waits for what that left to do
 
@@ -115,7 +115,7 @@ def durable(bench: Bench) -> Measured:
     save = functools.partial(handle.advance, wait=True)
     for _ in range(5):  # retention has begun
         save()
-    record = _newest_record(handle)
+    record = newest_record(handle)
     found = in_turn(
         8 if bench.quick else 60,
         ours=lambda: timed(save, BLOCK),
@@ -143,7 +143,8 @@ def _stored_handle(bench: Bench) -> Checkpoint:
     )
 
 
-def _newest_record(handle: Checkpoint) -> bytes:
+def newest_record(handle: Checkpoint) -> bytes:
+    """The bytes of the newest record of a worker, as this process knows it."""
     journal = handle._journal
     if journal is None:
         raise TypeError("a handle in memory has no record")

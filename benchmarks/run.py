@@ -37,6 +37,7 @@ class Row:
 
     item: Item
     measured: Measured | None = None
+    explained: tuple[str, ...] = ()  # where the time goes, if it misses
     error: str = ""
 
     @property
@@ -49,7 +50,7 @@ class Row:
     def as_json(self) -> dict[str, object]:
         """For a machine."""
         value = self.measured.value if self.measured is not None else None
-        details = list(self.measured.details) if self.measured is not None else []
+        details = self.measured.details if self.measured is not None else ()
         item = self.item
         return {
             "name": item.name,
@@ -60,6 +61,7 @@ class Row:
             "at_least": item.at_least,
             "verdict": self.verdict,
             "details": details,
+            "explained": self.explained,
             "error": self.error,
         }
 
@@ -71,7 +73,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"Python {platform.python_version()}, {os.cpu_count()} CPUs, {platform.system()} {platform.release()}, {options.dir}")
     if options.quick:
         print("--quick: too short to judge by")
-    rows = [_measure(item, quick=options.quick, parent=options.dir) for item in items]
+    rows = []
+    for item in items:
+        rows.append(_measure(item, quick=options.quick, parent=options.dir))
+        _print(rows[-1])  # as soon as it is known
     if len(rows) > 1:
         print("\n" + _table(rows))
     if options.json:
@@ -95,34 +100,24 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _measure(item: Item, *, quick: bool, parent: str) -> Row:
-    """One row, in a directory of its own, printed as soon as it is known."""
+    """One row, in a directory of its own."""
     if not item.function:
-        row = Row(item)
-    else:
-        module, _, name = item.function.partition(":")
-        directory = Path(tempfile.mkdtemp(prefix="faultguard-bench-", dir=parent))
-        try:
-            measured = getattr(importlib.import_module(f"benchmarks.{module}"), name)(Bench(quick, directory))
-            row = Row(item, measured)
-        except Exception as error:  # noqa: BLE001 - one row that cannot be measured must not hide the others
-            traceback.print_exc()
-            row = Row(item, error=f"{type(error).__name__}: {error}")
-        finally:
-            shutil.rmtree(directory, ignore_errors=True)
-    _print(row)
-    return row
+        return Row(item)
+    module, _, name = item.function.partition(":")
+    directory = Path(tempfile.mkdtemp(prefix="faultguard-bench-", dir=parent))
+    try:
+        measured: Measured = getattr(importlib.import_module(f"benchmarks.{module}"), name)(Bench(quick, directory))
+        return Row(item, measured, () if item.meets(measured.value) else tuple(measured.explain()))
+    except Exception as error:  # noqa: BLE001 - one row that cannot be measured must not hide the others
+        traceback.print_exc()
+        return Row(item, error=f"{type(error).__name__}: {error}")
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
 
 
 def _print(row: Row) -> None:
-    item, measured = row.item, row.measured
-    print(f"\n{_line(row)}", flush=True)
-    if measured is None:
-        if row.error:
-            print(f"    {row.error}")
-        return
-    missed = [] if item.meets(measured.value) else measured.explain()
-    for line in (*measured.details, *missed):
-        print(f"    {line}", flush=True)
+    details = row.measured.details if row.measured is not None else (row.error,) if row.error else ()
+    print("\n" + "\n    ".join([_line(row), *details, *row.explained]), flush=True)
 
 
 def _line(row: Row) -> str:

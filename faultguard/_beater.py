@@ -125,15 +125,16 @@ class _Line:
 
     def _settle(self, wait_s: float) -> bool:
         """Look whether the call in flight has ended, and how."""
-        ready, _ = ray.wait([self._ref], timeout=wait_s)
+        ref, self._ref = self._ref, None  # one of an earlier connection raises, and must not do so for ever
+        ready, _ = ray.wait([ref], timeout=wait_s)
         if not ready:
+            self._ref = ref
             return False
         try:
-            ray.get(self._ref)
+            ray.get(ref)
         except ray.exceptions.RayError as error:
             self._drop(error)
         else:
-            self._ref = None
             self._back()
         return True
 

@@ -152,6 +152,8 @@ class Checkpoint:
         cursors, schedule, clock = self._cursors, self._schedule, time.monotonic
         loop, closed = cursors.open(name, length, total)
         self.total_batches = loop.total
+        if cursors.around is not None:
+            _know(cursors.around)
         if closed:
             self._boundary()
         if loop.finished:
@@ -414,6 +416,16 @@ class Checkpoint:
         )
         due = self._schedule.encoded(time.monotonic(), time.perf_counter() - started)
         return snapshot, due
+
+
+def _know(loop: Loop) -> None:
+    """A loop begins inside the batch in hand of `loop`: `current` is that batch, and no longer the last finished one."""
+    if not loop.last_known:
+        before, fingerprint = loop.outside or (-1, "")
+        loop.last = fingerprint if before == loop.done - 1 else None  # None: no loop began in that batch, and nobody looked
+        loop.last_known = True
+    if loop.outside is None or loop.outside[0] != loop.done:
+        loop.outside = (loop.done, _codec.fingerprint(loop.current))
 
 
 def _is_indexed(iterable: Any) -> bool:

@@ -81,7 +81,6 @@ class Registry:
     def __init__(self, settings: Settings, writer: str) -> None:
         self._settings = settings
         self._writer = writer
-        self._process = uuid.uuid4().hex
         self._lock = threading.Lock()
         self._clock = AwakeClock()
         self._workers: dict[str, _Worker] = {}
@@ -161,20 +160,19 @@ class Registry:
             self._know(worker, None, token=record.token, closed=True)
             raise self._exceeded(record)
 
-    def look_up(self, worker_id: str, state: object, token: int | None) -> bool:
-        """Answer a heartbeat from the log. When the log cannot be read the answer is True: nobody is stopped for that."""
+    def look_up(self, worker_id: str) -> bool:
+        """Learn from the log who holds a worker. False: it was never registered. Not to know is no reason to stop anybody."""
         worker = self._worker(worker_id)
         try:
             with worker.log_lock:
                 loaded = self._log(worker_id).run(_look())
-                if loaded.head is None:
-                    return False
-                self._adopt(worker, loaded)
+                if loaded.head is not None:
+                    self._adopt(worker, loaded)
         except (CheckpointStoreError, CheckpointCorruptError) as error:
             text = f"worker {worker_id!r} beats, and whether it may go on could not be looked up: {error}"
             _events.emit(logging.WARNING, "faultguard.lookup_failed", text, worker_id=worker_id, error=str(error))
             return True
-        return self.heartbeat(worker_id, state, token) is not False
+        return loaded.head is not None
 
     def save(self, worker_id: str, state: object, token: int | None, outcome: Outcome | None = None) -> str | None:
         """Append a checkpoint, or with an outcome the end. Durable on return.
@@ -240,7 +238,9 @@ class Registry:
         """All registered workers of this directory, by id: the logs, and what is newer in memory."""
         stored = stored_workers(self._store, FOLDER, run="", levels=1)
         with self._lock:
-            return sorted((self._state(worker) for worker in stored), key=lambda state: state.worker_id)
+            heard = {worker_id: (worker.token, worker.heard_at, worker.batch) for worker_id, worker in self._workers.items()}
+        states = (_registered(worker, *heard.get(worker.record.worker_id, (0, None, None))) for worker in stored)
+        return sorted(states, key=lambda state: state.worker_id)
 
     def adopt_all(self) -> None:
         """After a restart: watch again whom this manager watched. Their silence counts from now on."""
@@ -287,9 +287,10 @@ class Registry:
         """Take a granted claim to memory, and say what it follows."""
         held = granted.held
         self._know(worker, held, token=held.token)
+        batch = batch_of(state) if granted.snapshot is None else _batch_in(granted.snapshot)
         with self._lock:
-            worker.batch = _batch_in(granted.snapshot)
-            self._hear(worker, state if granted.snapshot is None else None)
+            worker.batch = batch
+            self._hear(worker, None)
         if held.attempt > 1:
             _say_recovered(held, self._settings.max_failures)
 
@@ -301,11 +302,11 @@ class Registry:
         held = _held(head, loaded, self._owner(head.owner.task_id))
         ended = Ended("ended", charged=False) if head.kind == "end" else head.ended
         self._know(worker, held, token=held.token, ended=ended, closed=head.kind == "end")
+        batch = worker.batch if worker.batch is not None else _batch_in(loaded.snapshot)
         with self._lock:
+            worker.batch = batch
             if worker.heard == -math.inf:
                 worker.heard = self._clock.read(time.monotonic())
-            if worker.batch is None:
-                worker.batch = _batch_in(loaded.snapshot)
         return held
 
     def _know(self, worker: _Worker, held: rules.Held | None, *, token: int, ended: Ended | None = None, closed: bool = False) -> None:
@@ -318,16 +319,6 @@ class Registry:
     def _hear(self, worker: _Worker, state: Mapping[str, Any] | None) -> None:
         worker.heard, worker.heard_at = self._clock.read(time.monotonic()), time.time()
         worker.batch = batch_of(state, worker.batch)
-
-    def _state(self, stored: StoredWorker) -> WorkerState:
-        """A worker as its log shows it, with what is newer here, if it is of the same attempt."""
-        state, record = stored
-        if record.ended is not None and record.kind != "end":
-            state = replace(state, status="failed")
-        worker = self._workers.get(record.worker_id)
-        if worker is None or worker.token != record.token:
-            return replace(state, current_batch=_batch_in(record.snapshot))
-        return replace(state, current_batch=worker.batch, last_heartbeat=worker.heard_at or state.last_heartbeat)
 
     def _worker(self, worker_id: str) -> _Worker:
         with self._lock:
@@ -342,7 +333,7 @@ class Registry:
 
     def _owner(self, call_id: str) -> Owner:
         """The manager wrote it; where the worker runs it does not know, so its own pid would mislead."""
-        return Owner(writer=f"{self._writer}-{self._process}", task_id=call_id)
+        return Owner(writer=f"{self._writer}-{call_id or uuid.uuid4().hex}", task_id=call_id)
 
     def _claimant(self, worker_id: str, call_id: str) -> rules.Claimant:
         owner = self._owner(call_id)
@@ -365,6 +356,16 @@ def batch_of(state: Mapping[str, Any] | None, default: Any = None) -> Any:
     """
     state = state or {}
     return state.get("current_batch", state.get("batch_id", default))
+
+
+def _registered(stored: StoredWorker, token: int, heard_at: float | None, batch: Any) -> WorkerState:
+    """A worker as its log shows it, with what memory has of the same attempt."""
+    state, record = stored
+    if record.ended is not None and record.kind != "end":
+        state = replace(state, status="failed")
+    if token != record.token:
+        return replace(state, current_batch=_batch_in(record.snapshot))
+    return replace(state, current_batch=batch, last_heartbeat=heard_at or state.last_heartbeat)
 
 
 def _batch_in(snapshot: Snapshot | None) -> Any:

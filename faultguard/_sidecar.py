@@ -80,7 +80,6 @@ class Sidecar(Generic[Client]):
             with self._condition:
                 if not self._woken:
                     self._condition.wait(min(max(due - time.monotonic(), 0.0), threading.TIMEOUT_MAX))
-                self._woken = False
 
     def _wait_for_clients(self) -> list[Client] | None:
         """The clients; None when there was none for `PARK_S`, and the thread is to end."""
@@ -92,4 +91,5 @@ class Sidecar(Generic[Client]):
                     self._thread = None
                     return None
                 self._condition.wait(left)
+            self._woken = False  # what wakes it from now on is not known to the work that begins
             return list(self._clients)

@@ -68,6 +68,7 @@ class RecoveryManagerActor:
         self._registry = Registry(self._settings, self._actor_id)
         self._live = LiveView(self._settings.heartbeat_timeout, time.monotonic())
         self._pool = ThreadPoolExecutor(STORE_THREADS, "faultguard-store")  # the store may hang; beats are answered all the same
+        self._looking: dict[str, asyncio.Future[bool]] = {}
         self._pauses = 0
         self._monitor: _Ticker | None = None
         if name:
@@ -129,9 +130,14 @@ class RecoveryManagerActor:
         known = self._registry.heartbeat(worker_id, current_state, token)
         if known is not None:
             return known
-        looked_up = asyncio.ensure_future(self._in_thread(self._registry.look_up, worker_id, current_state, token))
-        await asyncio.wait({looked_up}, timeout=LOOKUP_S)
-        return looked_up.result() if looked_up.done() else True
+        looking = self._looking.get(worker_id)
+        if looking is None:  # one at a time: a log that hangs must not take all the threads
+            looking = self._looking[worker_id] = asyncio.ensure_future(self._in_thread(self._registry.look_up, worker_id))
+            looking.add_done_callback(lambda _: self._looking.pop(worker_id, None))
+        await asyncio.wait({looking}, timeout=LOOKUP_S)
+        if looking.done() and not looking.result():
+            return False
+        return self._registry.heartbeat(worker_id, current_state, token) is not False
 
     async def save_checkpoint(self, worker_id: str, state: dict[str, Any], token: int | None = None) -> str:
         """Save a checkpoint of a worker. The newest three stay.
@@ -450,7 +456,7 @@ def find_or_make(settings: Settings, wait_s: float = READY_S) -> ActorHandle[Rec
 
 def find(settings: Settings) -> ActorHandle[RecoveryManagerActor] | None:
     """Give the manager of a run if there is one."""
-    return known(settings) or _get(manager_name(settings))
+    return known(settings) or (_get(manager_name(settings)) if _ray.is_ready() else None)
 
 
 def forget(settings: Settings) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import tempfile
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -29,16 +28,18 @@ class StartRun(Protocol):
 @pytest.fixture
 def ray_temp_dir() -> Iterator[str]:
     """A directory for a cluster of one test, short enough for the paths of Ray's sockets."""
-    yield from _temporary_dir()
+    with temporary_dir() as directory:
+        yield directory
 
 
 @pytest.fixture(scope="module")
 def ray_cluster() -> Iterator[str]:
     """A cluster of this module's own; never one that is found running. Gives its directory."""
-    for directory in _temporary_dir():
-        context = ray.init(address="local", _temp_dir=directory, num_cpus=CPUS, include_dashboard=False, log_to_driver=False)
+    with (
+        temporary_dir() as directory,
+        ray.init(address="local", _temp_dir=directory, num_cpus=CPUS, include_dashboard=False, log_to_driver=False),
+    ):
         yield directory
-        context.disconnect()
 
 
 @pytest.fixture
@@ -58,7 +59,6 @@ def run(start_run: StartRun) -> faultguard.Run:
     return start_run()
 
 
-def _temporary_dir() -> Iterator[str]:
-    directory = tempfile.mkdtemp(prefix="fg-", dir="/tmp")
-    yield directory
-    shutil.rmtree(directory, ignore_errors=True)  # processes of the cluster may still be leaving
+def temporary_dir() -> tempfile.TemporaryDirectory[str]:
+    """A directory that goes with its block; what processes that are just leaving still write there is no error."""
+    return tempfile.TemporaryDirectory(prefix="fg-", dir="/tmp", ignore_cleanup_errors=True)

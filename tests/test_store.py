@@ -494,6 +494,39 @@ def fail(patch: pytest.MonkeyPatch, name: str, nth: int, number: int = errno.EIO
     return calls
 
 
+@pytest.mark.parametrize("after", [False, True], ids=["refused", "done and denied"])
+def test_not_created_means_not_created(disk: LocalStore, monkeypatch: pytest.MonkeyPatch, *, after: bool) -> None:
+    """Whichever system call fails, before or after its work, "created" and "not created" are true; what is not known is ambiguous."""
+    names = [
+        "write",
+        "fsync",
+        "link",
+        "fstat",
+        "stat",
+        "listdir",
+        "unlink",
+        "rename",
+        "mkdir",
+        "rmdir",
+        "close",
+        *([] if after else ["open"]),
+    ]
+    outcomes = set()
+    for name, nth, number in itertools.product(names, range(9), [errno.EIO, errno.ENOENT]):
+        key = f"run/{name}/{number}/{nth}"
+        with monkeypatch.context() as patch:
+            fail(patch, name, nth, number, after=after)
+            try:
+                outcome = str(disk.create(key, b"x"))
+            except CheckpointStoreError as error:
+                outcome = type(error).__name__
+        outcomes.add(outcome)
+        assert outcome != "False", name
+        if outcome != "AmbiguousReplyError":
+            assert (disk.get(key) == b"x") == (outcome == "True"), name
+    assert outcomes == {"True", "CheckpointStoreError", "AmbiguousReplyError"}
+
+
 def test_short_writes_are_completed(disk: LocalStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """A write that takes only a part of the data is continued, one that takes nothing is an error and not a loop."""
     write = os.write

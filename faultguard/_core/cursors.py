@@ -21,7 +21,21 @@ Marks = tuple[tuple[Mark, ...], ...]
 class Loop:
     """One open or finished loop. `done` counts finished batches, and is the index of the batch in hand."""
 
-    __slots__ = ("current", "depth", "done", "finished", "in_hand", "last", "last_known", "left", "length", "name", "opened", "total")
+    __slots__ = (
+        "current",
+        "depth",
+        "done",
+        "finished",
+        "in_hand",
+        "last",
+        "last_known",
+        "left",
+        "length",
+        "name",
+        "opened",
+        "outside",
+        "total",
+    )
 
     def __init__(self, name: str, depth: int) -> None:
         self.name = name
@@ -33,6 +47,7 @@ class Loop:
         self.last: str | None = None  # fingerprint of the last finished batch, as far as it is known
         self.current: object = None  # the batch in hand, or the last one given out
         self.last_known = True  # False: `current` is newer than `last`
+        self.outside: tuple[int, str] | None = None  # of a batch in which a loop began: its index and fingerprint
         self.opened = False  # by this attempt; a mark of an earlier one waits until then
         self.left = False  # early, by this attempt
         self.total: int | None = None
@@ -59,6 +74,11 @@ class Cursors:
         if self._stack:
             return self._stack[-1]
         return self.scopes[0][-1] if self.scopes and self.scopes[0] else None
+
+    @property
+    def around(self) -> Loop | None:
+        """The loop around the innermost open one."""
+        return self._stack[-2] if len(self._stack) > 1 else None
 
     @property
     def position(self) -> tuple[int, ...]:

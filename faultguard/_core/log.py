@@ -41,11 +41,13 @@ __all__ = [
     "retry_record",
     "save",
     "superfluous",
+    "superseded",
 ]
 
 MAX_CLAIM_TRIES = 64
 MAX_CREATE_TRIES = 5
-MAX_RELISTINGS = 5
+MAX_RELISTINGS = 5  # that show nothing new
+MAX_LOAD_TRIES = 64
 MIN_KEEP = 2  # one damaged record must not cost everything
 
 
@@ -110,7 +112,10 @@ class Claimant:
 
 @dataclass(slots=True)
 class Held:
-    """A worker's log as its holder knows it. `known` says what each existing record is; `last` is the highest."""
+    """A worker's log as its holder knows it. `known` says what each existing record is; `last` is the highest.
+
+    `unanswered` is the record after `last` if the store was asked to create it and gave no answer: it may come at any time.
+    """
 
     owner: Owner
     task: str
@@ -124,6 +129,7 @@ class Held:
     durable: Snapshot | None
     saved_s: float = 0.0
     known: dict[int, str] = field(default_factory=dict)
+    unanswered: Record | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,18 +219,25 @@ def load(numbers: Iterable[int]) -> Generator[Op, Any, Loaded]:
     """Read what a listing means: the highest number decides.
 
     A save or an end is its own state; a claim names it. What is damaged is set aside for the next lower holder of the same
-    life. What is absent may just have been deleted by a live holder, so it is listed again.
+    life. What is absent may just have been deleted by a live holder, so it is listed again; while the log grows, somebody
+    lives and nothing is lost.
 
     Raises:
         CheckpointCorruptError: the log says that there is a state, and no intact one is left. Never a fresh start.
+        CheckpointStoreError: the log grows faster than it can be read.
     """
-    for _ in range(MAX_RELISTINGS):
+    fruitless = 0
+    for _ in range(MAX_LOAD_TRIES):
         loaded = yield from _load_once(sorted(numbers, reverse=True))
         if loaded is not None:
             return loaded
-        numbers = yield List()
-    msg = "the record that holds the state is gone, and no newer one appears; restore the checkpoint directory, or start over"
-    raise CheckpointCorruptError(msg)
+        highest, numbers = max(numbers, default=0), (yield List())
+        fruitless = fruitless + 1 if max(numbers, default=0) == highest else 0
+        if fruitless == MAX_RELISTINGS:
+            msg = "the record that holds the state is gone, and no newer one appears; restore the checkpoint directory, or start over"
+            raise CheckpointCorruptError(msg)
+    msg = f"the log could not be read in {MAX_LOAD_TRIES} tries: each time, what was listed had been replaced by newer records"
+    raise CheckpointStoreError(msg)
 
 
 def _load_once(numbers: list[int]) -> Generator[Op, Any, Loaded | None]:
@@ -251,6 +264,8 @@ def _load_once(numbers: list[int]) -> Generator[Op, Any, Loaded | None]:
                 return None
         if head is not None and isinstance(record, Record) and record.snapshot is not None and record.life == head.life:
             return Loaded(head, record.snapshot, number, tuple(damaged), tuple(numbers))
+    if not damaged:
+        return None  # an old listing, one of whose numbers has come to hold a claim that was lost
     msg = f"records {', '.join(map(str, damaged))} are damaged and no intact one is left below them"
     raise CheckpointCorruptError(msg, damaged=tuple(damaged))
 
@@ -405,10 +420,16 @@ def save(
     """Append a save, or with an `outcome` the end. Returns False when a later attempt owns the worker: superseded.
 
     `snapshot` None repeats the one that is durable. `ended` and `failure` are the note of an attempt that leaves.
+    After an error of the store it may be called again, with the same or something newer.
     """
+    settled = held.unanswered
+    if not (yield from _settle(held)):
+        return False
     charged = held.charged + (1 if ended is not None and ended.charged else 0)
     failures = add_failure(held.failures, failure) if failure is not None else held.failures
     snapshot = snapshot if snapshot is not None else held.durable
+    if settled is not None and (settled.snapshot, settled.ended, settled.outcome) == (snapshot, ended, outcome):
+        return True
     number = held.last + 1
     record = Record(
         kind="end" if outcome is not None else "save",
@@ -427,11 +448,7 @@ def save(
         outcome=outcome,
         saved_s=held.saved_s,
     )
-    if not (yield from _create(number, encode_record(record))):
-        return False
-    held.last, held.durable, held.charged, held.failures = number, snapshot, charged, failures
-    held.known[number] = "save" if outcome is None else "end"
-    return True
+    return (yield from _append(held, record))
 
 
 def retry_record(
@@ -444,6 +461,11 @@ def retry_record(
 
     Dying during the wait is then charged to the new attempt. Returns False when superseded.
     """
+    settled = held.unanswered
+    if not (yield from _settle(held)):
+        return False
+    if settled is not None and settled.kind == "claim":
+        return True  # it was this very retry
     snapshot = snapshot if snapshot is not None else held.durable
     number = held.last + 1
     owner = _next_retry(held.owner)
@@ -463,12 +485,39 @@ def retry_record(
         snapshot=snapshot,
         saved_s=held.saved_s + (snapshot.work_s if snapshot else 0.0),
     )
-    if not (yield from _create(number, encode_record(record))):
+    return (yield from _append(held, record))
+
+
+def superseded(held: Held) -> Generator[Op, Any, bool]:
+    """Whether a later attempt owns the worker. A record of the holder's own that got no answer is no such thing."""
+    numbers = yield List()
+    above = [number for number in numbers if number > held.last]
+    if held.unanswered is None or above != [held.unanswered.number]:
+        return bool(above)
+    found = yield Get(held.unanswered.number)
+    return found is not None and found != encode_record(held.unanswered)
+
+
+def _append(held: Held, record: Record) -> Generator[Op, Any, bool]:
+    """Create the holder's next record, and take over what it says. Returns False when superseded."""
+    again = held.unanswered is record
+    held.unanswered = record  # until there is an answer: this procedure may be dropped at any op
+    if not (yield from _create(record.number, encode_record(record), again=again)):
         return False
-    held.last, held.durable, held.owner, held.token = number, snapshot, owner, number
+    held.unanswered = None
+    held.last, held.durable, held.owner, held.token = record.number, record.snapshot, record.owner, record.token
     held.attempt, held.charged, held.failures, held.saved_s = record.attempt, record.charged, record.failures, record.saved_s
-    held.known[number] = "claim" if snapshot is None else "inline"
+    held.known[record.number] = _kind(record)
     return True
+
+
+def _settle(held: Held) -> Generator[Op, Any, bool]:
+    """Before anything new: create what got no answer once more, with the same bytes. Returns False when superseded.
+
+    With other bytes under the same number, the holder could meet its own late write and take it for a successor's; or, after
+    the retention of a successor, be told that something is durable which nobody will ever load.
+    """
+    return held.unanswered is None or (yield from _append(held, held.unanswered))
 
 
 def _next_retry(owner: Owner) -> Owner:
@@ -476,23 +525,28 @@ def _next_retry(owner: Owner) -> Owner:
     return Owner(**{**fields, "local_retry": owner.local_retry + 1})
 
 
-def _create(number: int, data: bytes) -> Generator[Op, Any, bool]:
+def _create(number: int, data: bytes, *, again: bool = False) -> Generator[Op, Any, bool]:
     """Create a record of ours; False when somebody else's has that number or a higher one.
 
     "Exists" may be our own write, answered twice. After an unclear reply nothing is created again before a listing shows
     that nobody is above: retention of a successor may have removed ours, and a second create would be told "durable".
+    That can still happen between the listing and the second create. So where there were two (`again`: one before this
+    call), success counts only if a listing after it shows that nobody is above.
     """
     create = True
     for _ in range(MAX_CREATE_TRIES):
-        if create and (yield Create(number, data)) is Reply.CREATED:
+        if create and (yield Create(number, data)) is Reply.CREATED and not again:
             return True
         found = yield Get(number)
-        if found is not None:
+        if found is not None and (found != data or not again):
             return bool(found == data)
         numbers = yield List()
         if any(other > number for other in numbers):
             return False
+        if found is not None:
+            return True
         create = number not in numbers  # it may have arrived since it was read: then read it again
+        again = again or create
     msg = f"the store left {MAX_CREATE_TRIES} tries to create record {number} unanswered; whether it exists is not known"
     raise AmbiguousReplyError(msg)
 
@@ -527,4 +581,9 @@ def _classify(number: int) -> Generator[Op, Any, str]:
     record = yield from _read(number)
     if not isinstance(record, Record):
         return "claim" if record == "absent" else record
+    return _kind(record)
+
+
+def _kind(record: Record) -> str:
+    """What a record is to retention: a claim that holds a state counts as one."""
     return record.kind if record.kind != "claim" or record.snapshot is None else "inline"

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     import builtins
     from collections.abc import Callable, Iterator
 
-__all__ = ["LocalStore", "step_hook"]
+__all__ = ["LocalStore"]
 
 UNSAFE_VARIABLE: Final = "FAULTGUARD_UNSAFE_FILESYSTEM"
 _DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY
@@ -212,10 +212,11 @@ class LocalStore:
             # If this fails, the kernel may have dropped the data and will call the next fsync of this file a success: the
             # file is thrown away, and a caller that tries again gets another one.
             os.fsync(fd)
+            found = os.fstat(fd)
             _step("before_link", key)
             created = self._link(fd, temporary, directory_fd, key)
             _step("after_link", key)
-            return created, os.fstat(fd)
+            return created, found
         finally:
             _close(fd)
             if temporary is not None:
@@ -244,9 +245,10 @@ class LocalStore:
             source = temporary or f"/proc/self/fd/{fd}"
             os.link(source, name, src_dir_fd=directory_fd, dst_dir_fd=directory_fd, follow_symlinks=True)
         except OSError as error:
-            if os.fstat(fd).st_nlink == links:  # NFS: done, but the reply was lost, and the client's second try failed
+            found = _links(fd)
+            if found == links:  # NFS: done, but the reply was lost, and the client's second try failed
                 return True
-            if error.errno == errno.EEXIST:
+            if error.errno == errno.EEXIST and found is not None:
                 return False
             if self._try_named(error, temporary, directory_fd):
                 raise FileNotFoundError(errno.ENOENT, "once more, with a named file") from error
@@ -256,7 +258,7 @@ class LocalStore:
                 raise
             msg = self._ambiguous(key, "the file system did not say whether it was linked", error)
             raise AmbiguousReplyError(msg, errno=error.errno) from error
-        if os.fstat(fd).st_nlink != links:  # NFS says "done" and did not, or somebody has deleted the record already
+        if _links(fd) != links:  # NFS says "done" and did not, or somebody has deleted the record already
             gone = OSError(errno.ENOLINK, "linked, but not there")
             raise AmbiguousReplyError(self._ambiguous(key, "the file system linked it, and it is not there", gone), errno=gone.errno)
         return True
@@ -416,6 +418,14 @@ def _write(fd: int, data: bytes) -> None:
         if not count:
             raise OSError(errno.EIO, "write() took nothing")
         written += count
+
+
+def _links(fd: int) -> int | None:
+    """Count the names of a file; None if the file system does not say."""
+    try:
+        return os.fstat(fd).st_nlink
+    except OSError:
+        return None
 
 
 def _close(fd: int) -> None:

@@ -1,0 +1,161 @@
+"""Tasks that die on purpose, and the file in which they note what they do, outside of the library."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import faultguard
+from faultguard._core.names import record_number
+from faultguard._core.records import decode_record
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from faultguard._core.records import Record
+
+CRASHES = ("SIGKILL", "exit", "SIGSEGV")
+KINDS = (*CRASHES, "exception")
+NOWAIT = faultguard.Backoff(initial=0.01, jitter=False)
+
+
+class Trace:
+    """Notes in a file that everybody appends to, one line each; they survive whoever wrote them.
+
+    Args:
+        path: of the file.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = os.fspath(path)
+
+    def note(self, what: str, worker: str, **fields: Any) -> None:
+        """Append a note; one write each, so that no two are mixed."""
+        line = json.dumps({"what": what, "worker": worker, "pid": os.getpid(), "time": time.time(), **fields}) + "\n"
+        fd = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            os.write(fd, line.encode())
+        finally:
+            os.close(fd)
+
+    def notes(self, what: str | None = None, worker: str | None = None) -> list[dict[str, Any]]:
+        """The notes so far, in order."""
+        if not Path(self.path).exists():
+            return []
+        notes = [json.loads(line) for line in Path(self.path).read_text("utf-8").splitlines()]
+        return [n for n in notes if what in {None, n["what"]} and worker in {None, n["worker"]}]
+
+    def begins(self, worker: str) -> list[int]:
+        """The first batch of each attempt of a worker."""
+        first: dict[int, int] = {}
+        for note in self.notes("batch", worker):
+            first.setdefault(note["attempt"], note["batch"])
+        return list(first.values())
+
+
+def wait_until(condition: Any, timeout_s: float = 30.0) -> Any:
+    """Ask until the answer is true, and give it; AssertionError when that takes too long."""
+    deadline = time.monotonic() + timeout_s
+    while not (answer := condition()):
+        assert time.monotonic() < deadline, f"not within {timeout_s} s"
+        time.sleep(0.02)
+    return answer
+
+
+def die(kind: str) -> NoReturn:
+    """End this process, or raise, in one of `KINDS`."""
+    if kind == "exception":
+        raise ValueError("planned")
+    if kind == "exit":
+        os._exit(7)
+    os.kill(os.getpid(), signal.SIGKILL if kind == "SIGKILL" else signal.SIGSEGV)
+    time.sleep(60)  # a signal may take a moment
+    sys.exit("still alive")
+
+
+class DiesOnArrival:
+    """An argument that kills the process that unpickles it; packing it does no harm."""
+
+    def __init__(self, trace: Trace) -> None:
+        self.trace = trace
+
+    def __reduce__(self) -> Any:
+        return _arrive, (self.trace.path,)
+
+
+def _arrive(path: str) -> Any:
+    Trace(path).note("arrived", "?")
+    die("SIGKILL")
+
+
+def work(ckpt: faultguard.Checkpoint, n: int, trace: Trace, deaths: Mapping[int, str], *, ack_every: int = 3) -> None:
+    """A loop that carries a sum and a list, and dies at planned batches, once each, with its state half updated."""
+    state, worker = ckpt.state, ckpt.worker_id
+    died = {note["batch"] for note in trace.notes("death", worker)}
+    for batch in ckpt.batches(range(n)):
+        trace.note("batch", worker, attempt=ckpt.attempt, batch=batch, token=ckpt.token)
+        state["sum"] = state.get("sum", 0) + batch
+        if batch in deaths and batch not in died:
+            trace.note("death", worker, attempt=ckpt.attempt, batch=batch, kind=deaths[batch])
+            die(deaths[batch])
+        state.setdefault("seen", []).append(batch)
+        if batch % ack_every == 0:
+            ckpt.advance(wait=True)
+            trace.note("ack", worker, attempt=ckpt.attempt, batch=ckpt.durable_batch)
+
+
+def result(ckpt: faultguard.Checkpoint) -> tuple[int, list[int]]:
+    """What `work` made."""
+    return ckpt.state["sum"], ckpt.state["seen"]
+
+
+def expected(n: int) -> tuple[int, list[int]]:
+    """What `work` must make, whatever happens."""
+    return sum(range(n)), list(range(n))
+
+
+def assert_never_behind(trace: Trace, worker: str) -> None:
+    """Every attempt began at or above the newest batch that had been acknowledged before it."""
+    acknowledged, attempt = 0, 0
+    for note in trace.notes(worker=worker):
+        if note["what"] == "ack":
+            acknowledged = max(acknowledged, note["batch"])
+        elif note["what"] == "batch" and note["attempt"] != attempt:
+            assert note["attempt"] > attempt, f"an earlier attempt goes on beside its successor: {note}"
+            attempt = note["attempt"]
+            assert note["batch"] >= acknowledged, f"attempt {attempt} began at {note['batch']}, {acknowledged} were durable"
+
+
+def records(run: faultguard.Run, task: str, worker: str) -> list[Record]:
+    """The log of a worker as it is on the disk, oldest first."""
+    folder = Path(run.checkpoint_dir) / run.name / task / worker
+    numbered = sorted((number, path) for path in folder.glob("*.json") if (number := record_number(path.name)) is not None)
+    found = [decode_record(path.read_bytes(), number) for number, path in numbered]
+    return [record for record in found if record is not None]
+
+
+def our_threads() -> list[str]:
+    """Threads of this library in this process."""
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("faultguard")]
+
+
+def open_files() -> dict[int, str]:
+    """What the file descriptors of this process lead to."""
+    found = {}
+    for fd in os.listdir("/proc/self/fd"):
+        try:
+            found[int(fd)] = os.readlink(f"/proc/self/fd/{fd}")
+        except OSError:  # the one that listed them
+            continue
+    return found
+
+
+def first_line(texts: Iterable[str], part: str) -> str:
+    """The first of the lines that has `part` in it."""
+    return next(line for text in texts for line in text.splitlines() if part in line)
