@@ -17,7 +17,8 @@ import faultguard
 from benchmarks.budget import Bench, Measured
 from benchmarks.cluster import cluster, entered_through, profiled, profiles
 from benchmarks.handle import newest_record, plain_state
-from benchmarks.stamps import Stamps, memory
+from benchmarks import stamps as stamped
+from benchmarks.stamps import Stamps
 from benchmarks.timing import DurableWriter, median, top, us
 
 if TYPE_CHECKING:
@@ -27,7 +28,13 @@ __all__ = ["exception", "sigkill"]
 
 BATCH_S = 0.02
 KILLED_AT = 12  # batches; by then there is something to resume
+TIMEOUT_S = 120
 PAUSE_S = 0.01  # longer than a pending write of the attempt that is about to fail
+
+
+def _get(refs: Any) -> Any:
+    """`ray.get` that ends: a measurement that hangs is none."""
+    return ray.get(refs, timeout=TIMEOUT_S)
 
 
 # --- exception ------------------------------------------------------------------------------------------------------
@@ -37,7 +44,7 @@ def exception(bench: Bench) -> Measured:
     """Each attempt stamps its first batch, makes the newest record durable by hand, and fails in the next batch."""
     processes, failures = (2, 4) if bench.quick else (6, 12)
     with cluster(bench):
-        found = [ray.get(_fail.remote(failures, str(bench.directory / f"by-hand-{i}"))) for i in range(processes)]
+        found = [_get(_fail.remote(failures, str(bench.directory / f"by-hand-{i}"))) for i in range(processes)]
     first = median([one["resumed"][0] for one in found])
     resumed = [s for one in found for s in one["resumed"][1:]]
     by_hand = [s for one in found for s in one["by_hand"][1:]]
@@ -52,15 +59,16 @@ def exception(bench: Bench) -> Measured:
 def _explain_exception(bench: Bench, failures: int) -> list[str]:
     file = bench.directory / "exception.prof"
     with cluster(bench):
-        ray.get(_fail.remote(failures, str(bench.directory / "by-hand-profiled"), str(file)))
+        _get(_fail.remote(failures, str(bench.directory / "by-hand-profiled"), str(file)))
     return top(pstats.Stats(str(file)), failures - 1)
 
 
-@faultguard.recoverable(max_failures=-1, backoff=faultguard.Backoff(initial=0.0), state=plain_state())
+@faultguard.recoverable(max_failures=100, backoff=faultguard.Backoff(initial=0.0), state=plain_state())
 @ray.remote(max_calls=1)
 def _fail(failures: int, folder: str, profile: str = "") -> dict[str, Any]:
     """Fail that often, in one process of its own, and time how the work goes on."""
     handle = faultguard.current()
+    memory = stamped.memory  # of the module: a function that is decorated travels with a copy of its globals
     if not memory:
         memory.update(resumed=[], by_hand=[], writer=DurableWriter(Path(folder)), profiler=cProfile.Profile())
     for batch in handle.batches(range(failures + 1)):
@@ -79,6 +87,7 @@ def _fail(failures: int, folder: str, profile: str = "") -> dict[str, Any]:
 
 def _went_on(handle: faultguard.Checkpoint) -> None:
     """In the first batch after a failure."""
+    memory = stamped.memory
     memory["resumed"].append(time.perf_counter() - memory.pop("raised"))
     memory["profiler"].disable()
     record = newest_record(handle)
@@ -123,7 +132,7 @@ def _crash_plain(folder: Path, number: int) -> float:
             stamps.add("killed")
             os.kill(os.getpid(), signal.SIGKILL)
 
-    ray.get(ray.remote(max_calls=1, max_retries=2)(crash).remote(stamps.path))
+    _get(ray.remote(max_calls=1, max_retries=2)(crash).remote(stamps.path))
     return _between(stamps.read(), "killed", "entered")
 
 
@@ -131,7 +140,7 @@ def _crash_ours(folder: Path, number: int) -> dict[str, float]:
     """Seconds of Ray and of ours, up to the first resumed batch."""
     stamps = Stamps(folder / f"ours-{number}")
     with entered_through(functools.partial(_stamped, stamps.path)):
-        ray.get(_crashing().remote(stamps.path))
+        _get(_crashing().remote(stamps.path))
     events = stamps.read()
     batch = events[-1]["batch"]
     if [event["warm"] for event in events if event["what"] == "entered"] != [False, False] or not 0 < batch <= KILLED_AT:
@@ -190,5 +199,5 @@ def _explain_sigkill(bench: Bench) -> list[str]:
     """The attempt that resumes, profiled with its imports."""
     folder = bench.directory / "profiles"
     with cluster(bench), entered_through(profiled(folder)):
-        ray.get([_crashing().remote(str(bench.directory / f"profiled-{i}")) for i in range(3)])
+        _get([_crashing().remote(str(bench.directory / f"profiled-{i}")) for i in range(3)])
     return profiles(folder)

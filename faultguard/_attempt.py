@@ -42,10 +42,11 @@ from faultguard.policy import Backoff, Matcher, verdict
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-__all__ = ["OpenWorker", "TaskOptions", "Work", "open_worker", "run_task"]
+__all__ = ["OpenWorker", "TaskOptions", "Work", "cause_of_leaving", "open_worker", "run_task"]
 
 MAX_RESULT_BYTES = 1 << 20
 MAX_MESSAGE = 1000
+DEFAULT_KEEP = 3
 POISON_FAILURES = 3
 HOLDER_POLL_S = 0.2
 LONG_WAIT_S = 1.0  # shorter waits are not worth a call
@@ -63,7 +64,7 @@ class TaskOptions:
     worker_id: str | Callable[..., str] | None = None
     state: Mapping[str, Any] | None = None
     every: Every = "auto"
-    keep: int = 3
+    keep: int = DEFAULT_KEEP
     retry_on: Matcher = Exception
     give_up_on: Matcher = ()
     backoff: Backoff = field(default_factory=Backoff)
@@ -113,6 +114,15 @@ class OpenWorker:
     def final_beat(self) -> dict[str, object]:
         """The last one."""
         return self.beat()
+
+    def leave(self, ended: Ended, failure: FailureRecord | None = None) -> None:
+        """Flush the newest snapshot with a note, and give the worker up. What it leaves with goes on, whatever the store says."""
+        try:
+            self.journal.leave(ended, failure)
+        except Exception as trouble:  # noqa: BLE001 - it must not take the place of a cancel, or of the user's own exception
+            text = f"'{self.handle.task}/{self.handle.worker_id}' could not note why it leaves: {trouble}"
+            _events.emit(logging.ERROR, "faultguard.leave_failed", text, **self.handle.fields())
+        self.close("cancelled" if ended.cause == "cancelled" else "recovered")
 
     def close(self, status: str) -> None:
         """Give the worker up: no more writes, no more beats."""
@@ -438,15 +448,10 @@ class _Task:
 
     def _leave(self, error: BaseException) -> None:
         """Cancel, exit and the like: flush the newest snapshot with a note, and stay out of the way."""
-        cause = _cause_of_leaving(error)
+        cause = cause_of_leaving(error)
         charged = is_charged(cause, progressed=self._journal.newest is not self._open.handle.restored)
         failure = self._failure(error, cause) if charged else None
-        try:
-            self._journal.leave(Ended(cause, charged), failure)
-        except Exception as trouble:  # noqa: BLE001 - the BaseException must go on, whatever the store says
-            text = f"'{self._options.name}/{self._journal.held.worker_id}' could not note why it leaves: {trouble}"
-            _events.emit(logging.ERROR, "faultguard.leave_failed", text, **self._open.handle.fields())
-        self._open.close("cancelled" if cause == "cancelled" else "recovered")
+        self._open.leave(Ended(cause, charged), failure)
 
     def _sleep(self, seconds: float) -> None:
         """Wait before a retry. On the main thread, blocked in `ray.get`, so that Ray lends the processor to others."""
@@ -467,7 +472,10 @@ def leave_process() -> NoReturn:
     os._exit(1)
 
 
-def _cause_of_leaving(error: BaseException) -> str:
+def cause_of_leaving(error: BaseException) -> str:
+    """What a note in the log calls the end of an attempt that `error` cuts."""
+    if isinstance(error, Exception):
+        return "exception"
     if isinstance(error, KeyboardInterrupt):
         return "cancelled"  # Ray's cancel, and nothing else, interrupts a task
     if isinstance(error, SystemExit):

@@ -44,7 +44,7 @@ class checkpointed:  # noqa: N801 - read as `with checkpointed(...)`
         state: copied and used when nothing is saved.
         every: how often to write: "auto" (at most 1 % of the worker's time), a number of batches, or a timedelta. None: as the
             decorator says, else "auto".
-        keep: how many saves stay, at least 2.
+        keep: how many saves stay, at least 2. None: as before, else 3.
         stall_timeout: not yet.
         on_poison: not yet.
         allow_pickle: not yet.
@@ -70,7 +70,7 @@ class checkpointed:  # noqa: N801 - read as `with checkpointed(...)`
         *,
         state: Mapping[str, Any] | None = None,
         every: Every | None = None,
-        keep: int = 3,
+        keep: int | None = None,
         stall_timeout: float | None = None,
         on_poison: str = "fail",
         allow_pickle: bool = False,
@@ -84,7 +84,7 @@ class checkpointed:  # noqa: N801 - read as `with checkpointed(...)`
         self._worker_id = check_worker_id(worker_id) if worker_id is not None else None
         self._state = state
         self._every = check_every(every) if every is not None else None
-        self._keep = check_keep(keep)
+        self._keep = check_keep(keep) if keep is not None else None
         self._opened: _attempt.OpenWorker | None = None  # a worker of this block's own
         self._entered: _session.entered | None = None
 
@@ -105,28 +105,25 @@ class checkpointed:  # noqa: N801 - read as `with checkpointed(...)`
         """End the worker of the block, or hand the task's handle back."""
         if self._entered is not None:
             self._entered.__exit__(kind, error, traceback)
-        if self._opened is None:
-            if error is None:
-                self._handle.leave_block()
+        if self._opened is not None:
+            self._end(self._opened, error)
         elif error is None:
-            self._opened.journal.end(Outcome("completed"), self._handle.finish())
-            self._opened.close("completed")
-        else:
-            cause = "cancelled" if isinstance(error, KeyboardInterrupt) else "exception"
-            self._opened.journal.leave(Ended(cause, charged=False))
-            self._opened.close("cancelled" if cause == "cancelled" else "recovered")
+            self._handle.leave_block(self._depth)
+        if self._entered is not None:
+            self._handle.close()
 
     def _use(self, handle: Checkpoint) -> Checkpoint:
         """The handle of the task, with the options of this block."""
         self._handle = handle
+        self._depth = handle.depth
         if self._state is not None:
             handle.default_state(self._state)
-        if self._every is not None:
-            handle.configure(self._every)
+        handle.configure(self._every, self._keep)
         return handle
 
     def _enter(self, task: _session.TaskContext) -> Checkpoint:
         self._handle = task.handle
+        self._depth = 0
         self._entered = _session.entered(task)
         self._entered.__enter__()
         return task.handle
@@ -142,7 +139,7 @@ class checkpointed:  # noqa: N801 - read as `with checkpointed(...)`
             name=task.handle.task if task is not None else identity.task_name,
             state=self._state,
             every=self._every or "auto",
-            keep=self._keep,
+            keep=self._keep or _attempt.DEFAULT_KEEP,
         )
         local_retry = task.local_retry if task is not None else 0
         opened = _attempt.open_worker(settings, identity, options, self._worker_id, max_failures=-1, local_retry=local_retry)
@@ -155,6 +152,18 @@ class checkpointed:  # noqa: N801 - read as `with checkpointed(...)`
             self._opened = opened
             handle = opened.handle
         return _session.TaskContext(handle, settings, identity, local_retry, parent=task)
+
+    def _end(self, opened: _attempt.OpenWorker, error: BaseException | None) -> None:
+        """End a worker of this block's own: with an outcome, or with a note that it leaves. Its caller decides about retries."""
+        if error is not None:
+            opened.leave(Ended(_attempt.cause_of_leaving(error), charged=False))
+            return
+        try:
+            opened.journal.end(Outcome("completed"), self._handle.finish())
+        except BaseException:
+            opened.close("recovered")
+            raise
+        opened.close("completed")
 
 
 def check_keep(keep: object) -> int:

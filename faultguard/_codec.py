@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
     import numpy as np
 
-__all__ = ["FINGERPRINT_LIMIT", "MAX_DEPTH", "decode", "encode", "fingerprint"]
+__all__ = ["FINGERPRINT_LIMIT", "GROWING", "MAX_DEPTH", "decode", "encode", "fingerprint"]
 
 MAX_DEPTH = 100
 """Containers within containers; one level takes up to four frames of Python's stack, and three levels of JSON."""
@@ -758,6 +758,8 @@ def _json_depth(data: bytes) -> int:
 
 _IMMUTABLE = frozenset(_WRITERS) - {list, dict, set, deque, OrderedDict, Counter, bytearray}
 _SIZED = frozenset({str, bytes, bytearray, list, tuple, dict, set, frozenset, deque})
+GROWING = _SIZED - _IMMUTABLE
+"""Types whose fingerprint changes when the user adds something: to be taken before the value is given out."""
 
 
 def _frozen_text(value: object) -> bytes | None:

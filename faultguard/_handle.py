@@ -13,7 +13,7 @@ import msgspec
 from faultguard import _codec
 from faultguard._core.cursors import HAND_WRITTEN, Cursors, Loop, input_changed
 from faultguard._core.records import FailureRecord, Snapshot
-from faultguard._core.schedule import Every, Schedule
+from faultguard._core.schedule import NOW, Every, Schedule
 from faultguard._tracking import tracker
 from faultguard.errors import UsageError
 
@@ -24,7 +24,6 @@ __all__ = ["Checkpoint"]
 
 T = TypeVar("T")
 SLOW_SKIP_S = 10.0
-_FRESH = Snapshot(state=msgspec.Raw(b"{}"))
 
 
 class Checkpoint:
@@ -149,28 +148,30 @@ class Checkpoint:
 
     def _loop(self, iterable: Any, name: str, length: int | None, total: int | None) -> Iterator[Any]:
         """The generator behind `batches`. Between two batches it does next to nothing unless something is due."""
-        cursors, schedule, clock = self._cursors, self._schedule, time.monotonic
+        cursors, schedule, clock, growing = self._cursors, self._schedule, time.monotonic, _codec.GROWING
         loop, closed = cursors.open(name, length, total)
         self.total_batches = loop.total
         if cursors.around is not None:
             _know(cursors.around)
-        if closed:
-            self._boundary()
-        if loop.finished:
-            cursors.finish(loop)
-            return
         scopes, inside = cursors.scopes, loop.depth + 1
         try:
+            if closed:
+                self._boundary()
+            if loop.finished:
+                cursors.finish(loop)
+                return
             for item in self._source(iterable, loop):
-                loop.current = item
+                loop.current = item if type(item) not in growing else _Seen(_codec.fingerprint(item))
                 loop.in_hand = True
                 yield item
                 if loop.in_hand:  # else advance() has counted it
+                    if look := clock() >= schedule.look_at:
+                        self._hear()
                     loop.done += 1
                     loop.in_hand = loop.last_known = False
                     if len(scopes) > inside:
                         del scopes[inside:]
-                    if clock() >= schedule.look_at:
+                    if look:
                         self._boundary()
         except BaseException:
             cursors.leave(loop)
@@ -182,21 +183,23 @@ class Checkpoint:
         """The batches from where the loop goes on; what is skipped is compared with what the checkpoint remembers."""
         start = loop.done
         if callable(iterable) and not isinstance(iterable, Iterable):
-            items: Iterator[Any] = iter(iterable(start))
-            return items
-        if any(iterable is tracked.source for tracked in self._tracked.values()):
+            return _iter(iterable(start))
+        if start == 0 or any(iterable is tracked.source for tracked in self._tracked.values()):
             return iter(iterable)
-        if start == 0:
-            return iter(iterable)
-        if _is_indexed(iterable):
-            if len(iterable) < start:
-                raise input_changed(loop, f"it has only {len(iterable)} batches")
-            self._compare(loop, iterable[start - 1])
-            return itertools.islice(iterable, start, None) if isinstance(iterable, (list, tuple)) else iter(iterable[start:])
-        return self._skip(iterable, loop, start)
+        return self._index(iterable, loop, start) if _is_indexed(iterable) else self._skip(iterable, loop, start)
+
+    def _index(self, sequence: Any, loop: Loop, start: int) -> Iterator[Any]:
+        if len(sequence) < start:
+            raise input_changed(loop, f"it has only {len(sequence)} batches")
+        self._compare(loop, sequence[start - 1])
+        if isinstance(sequence, (list, tuple)):  # which may be grown while the loop runs
+            return itertools.islice(sequence, start, None)
+        if isinstance(sequence, range) or _is_array(sequence):
+            return _iter(sequence[start:])
+        return (sequence[index] for index in range(start, len(sequence)))  # not every sequence has slices
 
     def _skip(self, iterable: Any, loop: Loop, start: int) -> Iterator[Any]:
-        items = iter(iterable)
+        items = _iter(iterable)
         began = time.monotonic()
         announced = False
         item: Any = None
@@ -247,11 +250,13 @@ class Checkpoint:
             why = "a batches() loop has one batch in hand" if n != 1 else "the batch in hand is done already"
             msg = f"advance({n if n != 1 else ''}) is refused: {why}; the loop counts its batches itself"
             raise UsageError(msg)
+        if look := time.monotonic() >= self._schedule.look_at:
+            self._hear()
         self._cursors.done(loop, n)
         if wait:
             self._schedule.boundary(time.monotonic(), n)
             self._write_now()
-        elif time.monotonic() >= self._schedule.look_at:
+        elif look:
             self._boundary(n)
 
     def save(self, *, wait: bool = False) -> None:
@@ -272,8 +277,10 @@ class Checkpoint:
             raise UsageError(msg)
         if wait:
             self._write_now()
-        elif self._journal is not None:
-            self._journal.offer(self._snapshot()[0], time.monotonic())
+            return
+        snapshot, _ = self._snapshot()
+        if self._journal is not None:
+            self._journal.offer(snapshot, time.monotonic())
 
     def track(self, **objects: Any) -> None:
         """Carry objects that keep a state of their own; each is restored at this call.
@@ -300,9 +307,13 @@ class Checkpoint:
         """A key for the commit of this batch to an external system: the same in every attempt, another one for every batch."""
         from faultguard._core.names import encode_name
 
-        where = ".".join(map(str, self.position)) or "0"
         names = "/".join(encode_name(part) for part in (self.run, self.task, self.worker_id))
-        return f"{names}/{self._life}/{where}" + (f"/{suffix}" if suffix is not None else "")
+        is_open = self._cursors.is_open
+        loops = (
+            f"{encode_name(loop.name)}:{loop.done if is_open else 'over'}" if loop.name != HAND_WRITTEN else f":{loop.done}"
+            for loop in self._cursors.here
+        )
+        return f"{names}/{self._life}/{'/'.join(loops) or 'start'}" + (f"/{suffix}" if suffix is not None else "")
 
     def check(self) -> None:
         """Raise if this attempt must stop.
@@ -347,25 +358,32 @@ class Checkpoint:
             _codec.encode(dict(state))
         return state
 
-    def configure(self, every: Every) -> None:
-        """Use another save interval from now on."""
-        self._schedule.configure(every)
+    def configure(self, every: Every | None = None, keep: int | None = None) -> None:
+        """Save at another interval, or keep another number of saves, from now on."""
+        if every is not None:
+            self._schedule.configure(every)
+        if keep is not None and self._journal is not None:
+            self._journal.keep = keep
 
-    def finish(self) -> Snapshot | None:
+    def finish(self) -> Snapshot:
         """The body is over without an exception: the last state, with every loop closed."""
         self._cursors.close_left()
-        if self._journal is None:
-            return None
         return self._snapshot()[0]
 
-    def leave_block(self) -> None:
-        """A block on this handle ends without an exception, the task goes on: its loops are over."""
-        self._cursors.close_left()
-        self._boundary(0)
+    @property
+    def depth(self) -> int:
+        """How many loops are open."""
+        return self._cursors.depth
+
+    def leave_block(self, depth: int) -> None:
+        """A block on this handle, begun where `depth` loops were open, ends without an exception: its loops are over."""
+        if self._cursors.close_left(depth):
+            self._boundary()
 
     def close(self) -> None:
-        """No more use of this handle."""
+        """No more use of this handle; a loop that goes on all the same is told at its next boundary."""
         self._closed = True
+        self._schedule.look_at = NOW
 
     def fields(self) -> dict[str, Any]:
         """What every event of this attempt says."""
@@ -384,14 +402,19 @@ class Checkpoint:
             raise UsageError(msg)
 
     def _boundary(self, batches: int = 1) -> None:
-        """A batch is done, or a loop: take a snapshot if one is due, and hear what the writer has learned."""
+        """A batch is done, or a loop: take a snapshot if one is due."""
+        self._hear()
         take = self._schedule.boundary(time.monotonic(), batches)
-        if self._journal is not None:
-            self._journal.raise_trouble()
         if take and not self._cursors.holds_back:
             snapshot, due = self._snapshot()
             if self._journal is not None:
                 self._journal.offer(snapshot, due)
+
+    def _hear(self) -> None:
+        """Raise what the loop must know before it counts its batch: the attempt is over, or the writer is in trouble."""
+        self._check_open("batches")
+        if self._journal is not None:
+            self._journal.raise_trouble()
 
     def _write_now(self) -> None:
         snapshot, _ = self._snapshot()
@@ -403,7 +426,7 @@ class Checkpoint:
         started = time.perf_counter()
         for loop in self._cursors.loops():
             if not loop.last_known and loop.name != HAND_WRITTEN:
-                loop.last = _codec.fingerprint(loop.current)
+                loop.last = _fingerprint(loop)
                 loop.last_known = True
         tracked = b"{}"
         if self._tracked or self._untracked:
@@ -425,11 +448,31 @@ def _know(loop: Loop) -> None:
         loop.last = fingerprint if before == loop.done - 1 else None  # None: no loop began in that batch, and nobody looked
         loop.last_known = True
     if loop.outside is None or loop.outside[0] != loop.done:
-        loop.outside = (loop.done, _codec.fingerprint(loop.current))
+        loop.outside = (loop.done, _fingerprint(loop))
+
+
+class _Seen(str):
+    """The fingerprint of a batch that may grow in the hands of the user, taken before it was given out."""
+
+    __slots__ = ()
+
+
+def _fingerprint(loop: Loop) -> str:
+    """Of `loop.current`."""
+    return loop.current if isinstance(loop.current, _Seen) else _codec.fingerprint(loop.current)
+
+
+def _iter(items: Iterable[Any]) -> Iterator[Any]:
+    return iter(items)
 
 
 def _is_indexed(iterable: Any) -> bool:
-    return isinstance(iterable, Sequence) or (hasattr(iterable, "shape") and hasattr(iterable, "__getitem__"))
+    return isinstance(iterable, Sequence) or _is_array(iterable)
+
+
+def _is_array(iterable: Any) -> bool:
+    """Whether it is one that is indexed by position, which the Series of pandas is not."""
+    return hasattr(iterable, "shape") and hasattr(iterable, "__getitem__") and not hasattr(iterable, "iloc")
 
 
 def _check_iterable(iterable: Any) -> int | None:

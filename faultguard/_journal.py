@@ -20,8 +20,6 @@ from faultguard._sidecar import Sidecar
 from faultguard.errors import CheckpointStoreError, SupersededError
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
-
     from faultguard._core.records import FailureRecord, Outcome, Snapshot
     from faultguard._core.schedule import Schedule
     from faultguard._log import StoredLog
@@ -47,7 +45,7 @@ class Journal:
         self.held = held
         self.superseded = False
         self._schedule = schedule
-        self._keep = keep
+        self.keep = keep
         self._lock = threading.Lock()  # one write in flight
         self._newest: Snapshot | None = None  # taken by this attempt or an earlier one of this process
         self._due = math.inf
@@ -65,7 +63,9 @@ class Journal:
     def offer(self, snapshot: Snapshot, due: float) -> None:
         """Take a snapshot, to be written at `due` (monotonic seconds) unless a newer one comes; the newest always counts."""
         self._newest = snapshot
-        if due < self._due:
+        if self.superseded:
+            self._schedule.look_at = NOW  # the schedule may just have looked the other way
+        elif due < self._due and self._failing_since is None:  # else the store is asked again soon enough
             self._due = due
             if self._served:
                 _writer.wake()
@@ -108,8 +108,9 @@ class Journal:
             CheckpointStoreError: the store has failed for too long.
         """
         self.raise_if_superseded()
-        if self._failing_since is not None and time.monotonic() - self._failing_since > STORE_PATIENCE_S and self._error:
-            raise self._error
+        since, error = self._failing_since, self._error  # the writer may clear them at any moment
+        if since is not None and error is not None and time.monotonic() - since > STORE_PATIENCE_S:
+            raise error
 
     def raise_if_superseded(self) -> None:
         """Raise `SupersededError` if a later attempt was seen in the log."""
@@ -120,8 +121,7 @@ class Journal:
     def look(self) -> None:
         """Look into the log whether somebody is above; raise `SupersededError` then."""
         with self._lock:
-            numbers = self.log.run(_listing())
-            self.superseded = self.superseded or max(numbers, default=0) > self.held.last
+            self.superseded = self.superseded or self.log.run(rules.superseded(self.held))
         self.raise_if_superseded()
 
     def retry(self, failure: FailureRecord) -> None:
@@ -185,7 +185,7 @@ class Journal:
 
     def _clean_up(self) -> None:
         try:
-            self.log.run(rules.retain(self.held, self._keep))
+            self.log.run(rules.retain(self.held, self.keep))
         except CheckpointStoreError as error:  # the save is durable; what could not be deleted is tried again after the next one
             fields = {"worker_id": self.held.worker_id, "task": self.held.task, "error": str(error)}
             _events.emit(logging.WARNING, "faultguard.retention_failed", f"old checkpoints could not be deleted: {error}", **fields)
@@ -198,7 +198,8 @@ class Journal:
             _events.emit(
                 logging.WARNING,
                 "faultguard.store_failed",
-                f"'{self.held.task}/{self.held.worker_id}' cannot save: {error}. Trying again; the loop ends after {STORE_PATIENCE_S:.0f} s.",
+                f"'{self.held.task}/{self.held.worker_id}' cannot save: {error}. It tries again, and ends the loop after "
+                f"{STORE_PATIENCE_S:.0f} s.",
                 worker_id=self.held.worker_id,
                 task=self.held.task,
                 attempt=self.held.attempt,
@@ -213,10 +214,6 @@ def superseded(worker_id: str, attempt: int, token: int) -> SupersededError:
         f"Stop this loop; nothing is lost"
     )
     return SupersededError(msg, worker_id=worker_id, attempt=attempt, token=token)
-
-
-def _listing() -> Generator[rules.Op, list[int], list[int]]:
-    return (yield rules.List())
 
 
 def _work(journals: list[Journal]) -> float:

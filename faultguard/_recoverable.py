@@ -137,7 +137,7 @@ def recoverable(
         msg = f"worker_id={worker_id!r} is refused; the decorator takes the name of a parameter, or a callable on the arguments"
         raise UsageError(msg)
     options = TaskOptions(
-        name=name if name is None else check_worker_id(name),  # type: ignore[arg-type] # set when the function is known
+        name=_check_name(name) or "",  # set when the function is known
         max_failures=None if bare or max_failures is None else _settings.check_max_failures(max_failures),
         worker_id=worker_id,
         state=Checkpoint.check_state(state),
@@ -153,6 +153,7 @@ def recoverable(
 def _decorate(target: Any, *, options: TaskOptions) -> Any:
     if _ray.is_remote_function(target):
         function, ray_options = _ray.function_and_options(target)
+        _refuse_twice(function)
         _refuse_function(function)
         for name in _OWN_BY_HAND:
             if name in ray_options:
@@ -161,10 +162,20 @@ def _decorate(target: Any, *, options: TaskOptions) -> Any:
                     f"Remove it; max_failures of @recoverable counts exceptions and crashes alike"
                 )
                 raise UsageError(msg)
+        _refuse_num_returns("@ray.remote", ray_options)
         return RecoverableFunction(function, _named(options, function), ray_options)
     _refuse_target(target)
     _refuse_function(target)
     return _wrap_plain(target, _named(options, target))
+
+
+def _check_name(name: Any) -> str | None:
+    """The option `name`: like a worker id, it becomes a folder."""
+    try:
+        return None if name is None else check_worker_id(name)
+    except UsageError as error:
+        msg = str(error).replace("worker_id", "name")
+        raise UsageError(msg) from None
 
 
 def _named(options: TaskOptions, function: Callable[..., Any]) -> TaskOptions:
@@ -176,12 +187,24 @@ def _named(options: TaskOptions, function: Callable[..., Any]) -> TaskOptions:
     return named
 
 
+def _refuse_twice(target: Any) -> None:
+    if isinstance(target, RecoverableFunction) or hasattr(target, "__faultguard__"):
+        msg = f"@recoverable on {target!r} is refused: it is recoverable already; decorate it once"
+        raise UsageError(msg)
+
+
+def _refuse_num_returns(where: str, ray_options: dict[str, Any]) -> None:
+    value = ray_options.get("num_returns")
+    if value in {"dynamic", "streaming"}:
+        msg = f"{where}(num_returns={value!r}) on a recoverable task is refused: a generator that resumes loses items; return a list"
+        raise UsageError(msg)
+
+
 def _refuse_target(target: Any) -> None:
     """Refuse what is neither a remote nor a plain function, with the way out."""
+    _refuse_twice(target)
     way_out = None
-    if isinstance(target, RecoverableFunction) or hasattr(target, "__faultguard__"):
-        way_out = "it is recoverable already; decorate it once"
-    elif _ray.is_actor_class(target):
+    if _ray.is_actor_class(target):
         way_out = "it is an actor class; use `with faultguard.checkpointed(worker_id)` inside its methods"
     elif isinstance(target, type):
         way_out = "it is a class; decorate a function, or use `with faultguard.checkpointed(worker_id)` inside the methods of an actor"
@@ -238,7 +261,7 @@ class RecoverableFunction(Generic[P, R]):
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """Run the function here, once, with its state in memory."""
-        result: R = _call_directly(self._function, self._options, args, kwargs)
+        result: R = _call_directly(self._function, self._options, args, kwargs, worker_id=self._worker_id)
         return result
 
     def remote(self, *args: P.args, **kwargs: P.kwargs) -> ObjectRef[R]:
@@ -271,9 +294,7 @@ class RecoverableFunction(Generic[P, R]):
             if name in ray_options:
                 msg = f".options({name}=...) on a recoverable task is refused: two owners of retries break the budget; set max_failures"
                 raise UsageError(msg)
-        if ray_options.get("num_returns") in {"dynamic", "streaming"}:
-            msg = ".options(num_returns='dynamic' or 'streaming') is refused: a generator that resumes loses items; return a list"
-            raise UsageError(msg)
+        _refuse_num_returns(".options", ray_options)
         chosen = check_worker_id(worker_id) if worker_id is not None else self._worker_id
         return RecoverableFunction(self._function, self._options, {**self._ray_options, **ray_options}, chosen)
 
@@ -364,10 +385,19 @@ def run_plain(function: Callable[..., Any], options: TaskOptions, args: tuple[An
     return run_task(_session.current_settings(), identity, options, worker_id, Work(call, repeatable=payload is not None))
 
 
-def _call_directly(function: Callable[..., Any], options: TaskOptions, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    handle = Checkpoint.in_memory(task=options.name, state=options.state)
-    with _session.entered(_session.TaskContext(handle)):
-        return function(*args, **kwargs)
+def _call_directly(
+    function: Callable[..., Any], options: TaskOptions, args: tuple[Any, ...], kwargs: dict[str, Any], *, worker_id: str | None = None
+) -> Any:
+    if worker_id is None:
+        worker_id = _worker_id(options, inspect.signature(function).bind(*args, **kwargs))
+    handle = Checkpoint.in_memory(task=options.name, worker_id=worker_id or "direct", state=options.state)
+    try:
+        with _session.entered(_session.TaskContext(handle)):
+            value = function(*args, **kwargs)
+        handle.finish()  # says here, too, that a state cannot be saved
+    finally:
+        handle.close()
+    return value
 
 
 def _check_submission(options: TaskOptions, invocation: Callable[..., Any]) -> Callable[..., Any]:
@@ -408,10 +438,10 @@ def _warn_unreadable(name: str) -> None:
 def _worker_id(options: TaskOptions, bound: inspect.BoundArguments) -> str | None:
     """The worker id that the arguments say; None where they say none."""
     chosen = options.worker_id
+    bound.apply_defaults()
     if callable(chosen):
         return check_worker_id(chosen(*bound.args, **bound.kwargs))
     parameter = chosen or "worker_id"
     if chosen is None and parameter not in bound.signature.parameters:
         return None
-    bound.apply_defaults()
     return check_worker_id(bound.arguments[parameter])

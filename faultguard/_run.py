@@ -128,9 +128,12 @@ def shutdown(*, _failed: bool = False) -> None:
 
     What failed, and what did not end, stays; its path is printed. Without a run it does nothing.
     """
+    from faultguard.manager import end
+
     settings = _session.take_driver_settings()
     if settings is not None:
         end_run(settings, failed=_failed)
+        end(settings)
 
 
 def _at_exit() -> None:
@@ -157,7 +160,7 @@ def end_run(settings: Settings, *, failed: bool) -> None:
         folder, _, name = key.rpartition("/")
         if record_number(name) is not None:
             logs.setdefault(folder, []).append(key)
-    workers, unfinished, saved_s = [], [], 0.0
+    workers, unfinished, superfluous, saved_s = [], [], [], 0.0
     for folder, keys in logs.items():
         head = _newest(store, keys)
         status = head.outcome.status if head is not None and head.outcome is not None else "unfinished"
@@ -167,12 +170,13 @@ def end_run(settings: Settings, *, failed: bool) -> None:
             workers.append(_Worker(head.task, head.worker_id, status, head.attempt, head.outcome, head.failures))
             saved_s += head.saved_s
         if status == "completed" and not failed:
-            for key in keys:  # oldest first: the end goes last, so dying here leaves a completed worker
-                store.delete(key)
+            superfluous += keys  # oldest first: the end goes last, so dying here leaves a completed worker
     if not workers:
         return
     summary = msgspec.json.encode({"run": settings.run, "workers": workers})
-    store.create(f"{_SUMMARY}{settings.run}.json", summary)
+    store.create(f"{_SUMMARY}{settings.run}.json", summary)  # before anything goes: the outcomes are then nowhere else
+    for key in superfluous:
+        store.delete(key)
     for key in store.list(_SUMMARY)[:-KEPT_RUNS]:
         store.delete(key)
     _say_end(settings, workers, unfinished, saved_s)

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from faultguard._views import WorkerState
 
-__all__ = ["RecoveryManager", "RecoveryManagerActor", "find", "find_or_make", "forget", "known", "manager_name"]
+__all__ = ["RecoveryManager", "RecoveryManagerActor", "end", "find", "find_or_make", "forget", "known", "manager_name"]
 
 R = TypeVar("R")
 STORE_THREADS = 32
@@ -463,6 +463,17 @@ def forget(settings: Settings) -> None:
     """Drop the handle of a manager that died, so that the next one is found by its name."""
     with _lock:
         _handles.pop(manager_name(settings), None)
+
+
+def end(settings: Settings) -> None:
+    """End the manager of a run that is over, if there is one and it can be reached; without this it goes with its job."""
+    try:
+        handle = find(settings)
+        if handle is not None:
+            ray.kill(handle, no_restart=True)
+    except (ray.exceptions.RayError, ValueError) as error:
+        _events.emit(logging.DEBUG, "faultguard.manager_left", f"the manager goes with its job: {error}", run=settings.run)
+    forget(settings)
 
 
 def known(settings: Settings) -> ActorHandle[RecoveryManagerActor] | None:

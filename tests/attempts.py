@@ -127,9 +127,7 @@ class Worker:
         self.task_id = uuid.uuid4().hex
         self.ray_attempt = -1
 
-    def attempt(
-        self, *, every: Every = 1, state: dict[str, Any] | None = None, keep: int = 3, schedule: Schedule | None = None
-    ) -> Attempt:
+    def attempt(self, *, every: Every = 1, state: dict[str, Any] | None = None, keep: int = 3, schedule: Schedule | None = None) -> Attempt:
         """Ray's next attempt: claims the worker and restores it."""
         self.ray_attempt += 1
         owner = Owner(uuid.uuid4().hex, task_id=self.task_id, ray_attempt=self.ray_attempt)

@@ -11,9 +11,14 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+import ray
+
 import faultguard
 from faultguard._core.names import record_number
 from faultguard._core.records import decode_record
+from faultguard._session import current_settings
+from faultguard._settings import PROTOCOL
+from faultguard.manager import forget
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -79,6 +84,29 @@ def die(kind: str) -> NoReturn:
     sys.exit("still alive")
 
 
+def manager_pid() -> int:
+    """The process of the manager of this run, which may have to start first."""
+    settings = current_settings()
+    while True:
+        try:
+            return int(ray.get(faultguard.manager().hello.remote(PROTOCOL, settings.store_id, settings.run), timeout=30)["pid"])
+        except ray.exceptions.ActorDiedError:  # the handle of one that was not to be restarted
+            forget(settings)
+        except ray.exceptions.ActorUnavailableError:
+            time.sleep(0.05)
+
+
+def end_manager() -> int:
+    """Kill the manager of this run, and give its pid."""
+    pid = manager_pid()
+    os.kill(pid, signal.SIGKILL)
+    return pid
+
+
+class GaveUpError(Exception):
+    """An error of a user."""
+
+
 class DiesOnArrival:
     """An argument that kills the process that unpickles it; packing it does no harm."""
 
@@ -108,6 +136,24 @@ def work(ckpt: faultguard.Checkpoint, n: int, trace: Trace, deaths: Mapping[int,
         if batch % ack_every == 0:
             ckpt.advance(wait=True)
             trace.note("ack", worker, attempt=ckpt.attempt, batch=ckpt.durable_batch)
+
+
+def doomed(worker_id: str, trace: Trace, kinds: list[str], *, kill_manager: bool = False, extra: Any = None) -> int:
+    """Does two batches in each attempt, which it waits for, and dies in the next one in the way that is its turn."""
+    ckpt = faultguard.current()
+    drawn = 0
+    for batch in ckpt.batches(range(1000)):
+        drawn += 1
+        trace.note("batch", worker_id, attempt=ckpt.attempt, batch=batch)
+        if drawn > 2:
+            kind = kinds[min(ckpt.attempt, len(kinds)) - 1]
+            if kind == "done":
+                break
+            if kill_manager:
+                trace.note("manager", worker_id, killed=end_manager())
+            die(kind)
+        ckpt.advance(wait=True)
+    return ckpt.attempt
 
 
 def result(ckpt: faultguard.Checkpoint) -> tuple[int, list[int]]:

@@ -871,7 +871,7 @@ def test_budget_survives_the_death_of_the_manager(make_manager: Callable[..., Ma
 @pytest.mark.ray
 def test_monitoring_survives_the_death_of_the_manager(make_manager: Callable[..., Manager]) -> None:
     """A manager that is killed while it monitors goes on monitoring: who is silent fails, who beats does not."""
-    manager = make_manager(heartbeat_interval=0.2, heartbeat_timeout=1.0)
+    manager = make_manager(heartbeat_interval=0.2, heartbeat_timeout=2.0)
     for name in ("silent", "beating"):
         manager.register_worker(name)
     for _ in range(2):
@@ -887,14 +887,14 @@ def test_monitoring_survives_the_death_of_the_manager(make_manager: Callable[...
     manager.register_worker("silent")
     for _ in range(2):
         manager.stop_monitoring()
-    time.sleep(1.5)
+    time.sleep(2.5)
     assert manager.get_failed_workers() == [], "after stop_monitoring nobody fails of silence"
 
 
 @pytest.mark.ray
 def test_frozen_manager_fails_nobody(make_manager: Callable[..., Manager]) -> None:
     """A manager that is stopped for longer than the timeout does not take its own absence for silence."""
-    manager = make_manager(heartbeat_interval=0.3, heartbeat_timeout=1.2)
+    manager = make_manager(heartbeat_interval=0.3, heartbeat_timeout=2.0)
     manager.register_worker("w")
     manager.start_monitoring()
     answers: list[bool] = []
@@ -909,10 +909,10 @@ def test_frozen_manager_fails_nobody(make_manager: Callable[..., Manager]) -> No
     wait_until(lambda: len(answers) > 3)
     pid = manager.pid
     os.kill(pid, signal.SIGSTOP)
-    time.sleep(3.0)
+    time.sleep(4.0)
     os.kill(pid, signal.SIGCONT)
     before = len(answers)
-    wait_until(lambda: len(answers) > before + 20)
+    wait_until(lambda: len(answers) > before + 10)
     stop.set()
     beating.join(BOUND_S)
     assert all(answers)
@@ -1003,8 +1003,8 @@ def test_thousands_can_pause(start_run: StartRun) -> None:
     started = time.monotonic()
     pauses = [shared.handle.pause.remote(3.0) for _ in range(2000)]
     assert shared.beat([beat()]) == ["ok"]
-    assert all(ray.get(pauses, timeout=BOUND_S))
-    assert time.monotonic() - started < 15.0
+    assert all(ray.get(pauses, timeout=100.0))
+    assert time.monotonic() - started < 100.0, "one after another they would take 6000 s"
     assert shared.last_beat("embed", "w0")["age_s"] > 1.0
     ray.kill(shared.handle)
 

@@ -6,8 +6,14 @@ outside begins new scopes inside. Marks of an earlier attempt wait in `_restored
 
 from __future__ import annotations
 
+import itertools
+from typing import TYPE_CHECKING
+
 from faultguard._core.records import Mark
 from faultguard.errors import InputChangedError, UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 __all__ = ["HAND_WRITTEN", "Cursors", "Loop"]
 
@@ -81,16 +87,24 @@ class Cursors:
         return self._stack[-2] if len(self._stack) > 1 else None
 
     @property
+    def here(self) -> tuple[Loop, ...]:
+        """The open loops, outer to inner; where none is open, the one that this attempt has come past last."""
+        if self._stack:
+            return tuple(self._stack)
+        passed = itertools.takewhile(lambda loop: loop.opened or loop.name == HAND_WRITTEN, self.scopes[0] if self.scopes else ())
+        return tuple(passed)[-1:]
+
+    @property
+    def depth(self) -> int:
+        """How many loops are open."""
+        return len(self._stack)
+
+    @property
     def position(self) -> tuple[int, ...]:
         """Batches done, outer to inner."""
         if self._stack:
             return tuple(loop.done for loop in self._stack)
         return (self.innermost.done,) if self.innermost else ()
-
-    @property
-    def restored_position(self) -> tuple[int, ...]:
-        """Batches done per depth in the loop that the checkpoint left last."""
-        return tuple(scope[-1].done for scope in self.scopes if scope)
 
     @property
     def is_open(self) -> bool:
@@ -126,12 +140,7 @@ class Cursors:
                 f'Give each its own name: batches(items, name="second")'
             )
             raise UsageError(msg)
-        closed = False
-        for earlier in scope:
-            if earlier is not loop and earlier.left and not earlier.finished:
-                _close(earlier)
-                del self.scopes[depth + 1 :]
-                closed = True
+        closed = self._close(other for other in scope if other is not loop and other.left)
         if loop is None:
             if len(scope) >= MAX_SIBLINGS:
                 msg = f"more than {MAX_SIBLINGS} loops in one scope; make one loop over all of it"
@@ -164,18 +173,19 @@ class Cursors:
         loop.left = not loop.finished
         self._pop(loop)
 
-    def close_left(self) -> None:
-        """The block ends without an exception: loops that were left early are over, with the batch in hand done."""
-        for scope in self.scopes[:1]:
-            for loop in scope:
-                if loop.opened and not loop.finished:
-                    _close(loop)
-                    del self.scopes[loop.depth + 1 :]
-        self._stack.clear()
+    def close_left(self, depth: int = 0) -> bool:
+        """A block in which `depth` loops were open ends without an exception: those that it left early are over.
+
+        Returns whether there was one; its batch in hand is done.
+        """
+        closed = self._close(loop for loop in self._scope(depth) if loop.opened)
+        del self._stack[depth:]
+        return closed
 
     def hand_written(self) -> Loop:
         """The loop that `advance()` counts outside of any `batches()`: always there, never over."""
         scope = self._scope(0)
+        self._close(other for other in scope if other.left)
         loop = next((known for known in scope if known.name == HAND_WRITTEN), None)
         if loop is None:
             loop = Loop(HAND_WRITTEN, 0)
@@ -196,6 +206,16 @@ class Cursors:
             self.scopes.append([])
         return self.scopes[depth]
 
+    def _close(self, loops: Iterable[Loop]) -> bool:
+        """End loops of one scope that were left early; a batch in hand counts as done. Returns whether there was one."""
+        closed = [loop for loop in loops if not loop.finished and loop.name != HAND_WRITTEN]
+        for loop in closed:
+            if loop.in_hand:
+                self.done(loop)
+            loop.finished = True
+            del self.scopes[loop.depth + 1 :]
+        return bool(closed)
+
     def _pop(self, loop: Loop) -> None:
         if loop in self._stack:
             del self._stack[self._stack.index(loop) :]
@@ -214,14 +234,3 @@ def _loop(mark: Mark, depth: int) -> Loop:
     loop = Loop(mark.name, depth)
     loop.done, loop.finished, loop.length, loop.last = mark.done, mark.finished, mark.length, mark.last
     return loop
-
-
-def _close(loop: Loop) -> None:
-    """End a loop that was left early; the batch in hand counts as done."""
-    if loop.name == HAND_WRITTEN:
-        return
-    if loop.in_hand:
-        loop.done += 1
-        loop.in_hand = False
-        loop.last_known = False
-    loop.finished = True
