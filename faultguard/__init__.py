@@ -24,7 +24,7 @@ from faultguard.errors import (
     SupersededError,
     UsageError,
 )
-from faultguard.manager import RecoveryManager
+from faultguard._manager import RecoveryManager
 from faultguard.policy import Backoff
 
 __version__ = "0.1.0"

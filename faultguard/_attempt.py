@@ -50,6 +50,7 @@ DEFAULT_KEEP = 3
 POISON_FAILURES = 3
 HOLDER_POLL_S = 0.2
 LONG_WAIT_S = 1.0  # shorter waits are not worth a call
+MANAGER_WAIT_S = 10.0
 
 
 _held_here: set[str] = set()  # writers of the workers that this process holds
@@ -224,10 +225,10 @@ def _claim(log: StoredLog, me: rules.Claimant, settings: Settings) -> rules.Gran
 
 def _is_silent(settings: Settings, me: rules.Claimant) -> bool:
     """Whether the manager has watched for long enough and heard nothing of the holder. Not to know is not silence."""
-    from faultguard.manager import find_or_make
+    from faultguard._manager import find_or_make
 
     try:
-        heard = _ray.get_within(find_or_make(settings).last_beat.remote(me.task, me.worker_id), LONG_WAIT_S * 10)
+        heard = _ray.get_within(find_or_make(settings, wait_s=MANAGER_WAIT_S).last_beat.remote(me.task, me.worker_id), MANAGER_WAIT_S)
     except (ManagerUnavailableError, *_ray.UNREACHABLE):
         return False
     age = heard["age_s"]
@@ -457,10 +458,10 @@ class _Task:
         """Wait before a retry. On the main thread, blocked in `ray.get`, so that Ray lends the processor to others."""
         deadline = time.monotonic() + seconds
         if seconds > LONG_WAIT_S:
-            from faultguard.manager import find_or_make
+            from faultguard._manager import find_or_make
 
             with contextlib.suppress(ManagerUnavailableError, *_ray.UNREACHABLE):  # then the rest is slept
-                _ray.get_within(find_or_make(self._settings).pause.remote(seconds), seconds)
+                _ray.get_within(find_or_make(self._settings, wait_s=seconds).pause.remote(seconds), deadline - time.monotonic())
         time.sleep(max(deadline - time.monotonic(), 0.0))
 
 

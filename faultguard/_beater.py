@@ -19,7 +19,7 @@ import ray
 from faultguard import _events, _ray
 from faultguard._sidecar import Sidecar
 from faultguard.errors import ManagerUnavailableError
-from faultguard.manager import find_or_make, forget, known
+from faultguard._manager import find_or_make, forget, known
 
 if TYPE_CHECKING:
     from faultguard._settings import Settings

@@ -128,7 +128,7 @@ def shutdown(*, _failed: bool = False) -> None:
 
     What failed, and what did not end, stays; its path is printed. Without a run it does nothing.
     """
-    from faultguard.manager import end
+    from faultguard._manager import end
 
     settings = _session.take_driver_settings()
     if settings is not None:

@@ -102,14 +102,14 @@ def manager() -> ActorHandle[Any]:
         ManagerUnavailableError: it does not answer, or serves another store.
     """
     from faultguard._session import current_settings
-    from faultguard.manager import find_or_make
+    from faultguard._manager import find_or_make
 
     return find_or_make(current_settings())
 
 
 def _live(settings: Settings) -> list[dict[str, Any]]:
     """What the manager heard; nothing if there is none, or if it does not answer."""
-    from faultguard.manager import find, forget
+    from faultguard._manager import find, forget
 
     if not _ray.is_ready():
         return []

@@ -18,7 +18,7 @@ from faultguard._core.names import record_number
 from faultguard._core.records import decode_record
 from faultguard._session import current_settings
 from faultguard._settings import PROTOCOL
-from faultguard.manager import forget
+from faultguard._manager import forget
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping

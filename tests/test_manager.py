@@ -37,7 +37,7 @@ from faultguard.errors import (
     SupersededError,
     UsageError,
 )
-from faultguard.manager import find, find_or_make, forget, manager_name
+from faultguard._manager import find, find_or_make, forget, manager_name
 from faultguard.storage import open_store, store_id
 
 if TYPE_CHECKING:
@@ -269,12 +269,6 @@ def test_worker_state_pickles() -> None:
     """What the manager answers crosses processes."""
     state = stored().state
     assert pickle.loads(pickle.dumps(state)) == state
-
-
-def test_manager_is_a_function_and_a_module() -> None:
-    """`faultguard.manager()` stays callable, although a module has the same name."""
-    assert callable(faultguard.manager)
-    assert sys.modules["faultguard.manager"].RecoveryManager is RecoveryManager
 
 
 # --- registered workers, without Ray --------------------------------------------------------------------------------
@@ -1046,7 +1040,7 @@ DRIVER = """
 import sys, time, ray, faultguard
 from faultguard import _beater
 from faultguard._session import current_settings
-from faultguard.manager import find, manager_name
+from faultguard._manager import find, manager_name
 ray.init(address=sys.argv[1], log_to_driver=False)
 faultguard.init(checkpoint_dir=sys.argv[2], heartbeat_interval=0.2, heartbeat_timeout=2.0)
 class Source:
