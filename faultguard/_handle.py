@@ -459,7 +459,7 @@ class _Seen(str):
 
 def _fingerprint(loop: Loop) -> str:
     """Of `loop.current`."""
-    return loop.current if isinstance(loop.current, _Seen) else _codec.fingerprint(loop.current)
+    return str(loop.current) if isinstance(loop.current, _Seen) else _codec.fingerprint(loop.current)
 
 
 def _iter(items: Iterable[Any]) -> Iterator[Any]:

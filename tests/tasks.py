@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 CRASHES = ("SIGKILL", "exit", "SIGSEGV")
 KINDS = (*CRASHES, "exception")
-NOWAIT = faultguard.Backoff(initial=0.01, jitter=False)
+NOWAIT = faultguard.Backoff(initial=0.01, factor=1, jitter=False)
 
 
 class Trace:

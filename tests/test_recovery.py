@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.ray
 BATCHES = 12
 MEBIBYTE = 1 << 20
+WAIT_S = 90
 
 
 @pytest.fixture
@@ -52,10 +53,15 @@ def trace(tmp_path: Path) -> Trace:
     return Trace(tmp_path / "trace")
 
 
+def get(refs: Any) -> Any:
+    """`ray.get` with a bound."""
+    return ray.get(refs, timeout=WAIT_S)
+
+
 def failed(ref: ObjectRef[Any]) -> MaxFailuresExceeded:
     """The error of a worker whose budget is spent."""
     with pytest.raises(MaxFailuresExceeded) as caught:
-        ray.get(ref)
+        get(ref)
     return caught.value
 
 
@@ -91,7 +97,7 @@ def test_goes_on_whatever_kills_it(run: faultguard.Run, trace: Trace, tmp_path: 
     deaths = dict(zip((4, 9), kinds, strict=True))
     other = Trace(tmp_path / "other")
     long, short = long_form.remote("w", BATCHES, trace, deaths), short_form.remote(BATCHES, other, deaths)
-    assert faultguard.get([long, short], timeout=60) == [expected(BATCHES)] * 2
+    assert get([long, short]) == [expected(BATCHES)] * 2
     for each in (trace, other):
         (worker,) = {note["worker"] for note in each.notes("batch")}
         assert_never_behind(each, worker)
@@ -101,7 +107,7 @@ def test_goes_on_whatever_kills_it(run: faultguard.Run, trace: Trace, tmp_path: 
 
 def test_a_clean_task_runs_once(run: faultguard.Run, trace: Trace) -> None:
     """Without failures there is one attempt, and each batch runs once."""
-    assert ray.get(long_form.remote("w", BATCHES, trace, {})) == expected(BATCHES)
+    assert get(long_form.remote("w", BATCHES, trace, {})) == expected(BATCHES)
     assert [note["batch"] for note in trace.notes("batch")] == list(range(BATCHES))
     assert [record.kind for record in records(run, "long_form", "w")][-1] == "end"
 
@@ -170,7 +176,7 @@ def test_budget_of_none_is_one_attempt(run: faultguard.Run, trace: Trace, kind: 
 def test_budget_without_limit(run: faultguard.Run, trace: Trace) -> None:
     """With max_failures=-1 a task outlives more deaths than any default allows."""
     kinds = ["SIGKILL", *["exception"] * 20, "exit", *["exception"] * 10, "done"]
-    assert ray.get(doomed_task(-1).remote("w", trace, kinds)) == len(kinds)
+    assert get(doomed_task(-1).remote("w", trace, kinds)) == len(kinds)
 
 
 @faultguard.recoverable(max_failures=1, backoff=NOWAIT)
@@ -184,7 +190,7 @@ def looks_up(key: str) -> None:
 def test_existing_except_clauses_work(run: faultguard.Run) -> None:
     """`except KeyError` catches the end of a budget that KeyErrors have spent, and the last one is there to be looked at."""
     try:
-        ray.get(looks_up.remote("gone"))
+        get(looks_up.remote("gone"))
     except KeyError as error:
         assert isinstance(error, MaxFailuresExceeded)
         assert isinstance(error.last_exception, KeyError)
@@ -222,7 +228,7 @@ def gives_up(worker_id: str, trace: Trace) -> None:
 def test_what_is_not_retried_arrives_as_itself(run: faultguard.Run, trace: Trace) -> None:
     """An error of `give_up_on` reaches `ray.get` as itself, after one attempt."""
     with pytest.raises(GaveUpError, match="enough") as caught:
-        ray.get(gives_up.remote("w", trace))
+        get(gives_up.remote("w", trace))
     assert not isinstance(caught.value, MaxFailuresExceeded)
     assert attempts(trace, "w") == [1]
 
@@ -242,7 +248,7 @@ def exits(worker_id: str, trace: Trace) -> tuple[str, ...]:
 
 def test_sys_exit_is_charged(run: faultguard.Run, trace: Trace) -> None:
     """A user's sys.exit, of whatever code, ends the attempt and counts; the next one goes on."""
-    assert ray.get(exits.remote("w", trace)) == ("exit", "exit")
+    assert get(exits.remote("w", trace)) == ("exit", "exit")
     assert trace.begins("w") == [0, 2, 4]
 
 
@@ -264,7 +270,7 @@ def empties(worker_id: str, items: list[Any], trace: Trace, *, nested: dict[str,
 
 def test_retry_sees_arguments_as_first_passed(run: faultguard.Run, trace: Trace) -> None:
     """What the failed attempt did to its arguments does not meet the next one, which is in the same process."""
-    assert ray.get(empties.remote("w", [1, 2], trace, nested={"items": [3]})) == 3
+    assert get(empties.remote("w", [1, 2], trace, nested={"items": [3]})) == 3
     assert [(note["items"], note["nested"]) for note in trace.notes("batch")] == [(2, 1)] * 3
     assert len({note["pid"] for note in trace.notes("batch")}) == 1
 
@@ -273,7 +279,7 @@ def test_retry_sees_arguments_as_first_passed(run: faultguard.Run, trace: Trace)
 def test_arguments_that_cannot_be_kept_take_a_new_process(run: faultguard.Run, trace: Trace, which: str) -> None:
     """Arguments over 1 MiB, or with references inside, are brought anew by Ray: same values, another process, same budget."""
     items: list[Any] = [bytes(MEBIBYTE + 1), 2] if which == "large" else [ray.put(7), 2]
-    assert ray.get(empties.remote("w", items, trace, nested={"items": [3]})) == 3
+    assert get(empties.remote("w", items, trace, nested={"items": [3]})) == 3
     notes = trace.notes("batch")
     assert [(note["attempt"], note["items"], note["nested"]) for note in notes] == [(1, 2, 1), (2, 2, 1), (3, 2, 1)]
     assert len({note["pid"] for note in notes}) == 3
@@ -288,7 +294,7 @@ def adds(worker_id: str, value: int, values: list[Any]) -> int:
 
 def test_references_behave_as_in_ray(run: faultguard.Run) -> None:
     """A reference passed as an argument arrives as its value, one inside a list as a reference."""
-    assert ray.get(adds.remote("w", ray.put(1), [ray.put(2), ray.put(3)])) == 6
+    assert get(adds.remote("w", ray.put(1), [ray.put(2), ray.put(3)])) == 6
 
 
 # --- cancel ---------------------------------------------------------------------------------------------------------
@@ -313,7 +319,7 @@ def test_cancel_stays_cancel(run: faultguard.Run, trace: Trace, force: bool) -> 
     wait_until(lambda: any(note["batch"] == 3 for note in trace.notes("batch")))
     ray.cancel(ref, force=force)
     with pytest.raises((ray.exceptions.TaskCancelledError, ray.exceptions.WorkerCrashedError)):
-        ray.get(ref, timeout=30)
+        get(ref)
     assert attempts(trace, "w") == [1]
     newest = records(run, "endless", "w")[-1]
     assert newest.snapshot is not None
@@ -337,7 +343,7 @@ def test_cancel_during_the_wait(run: faultguard.Run, trace: Trace) -> None:
     wait_until(lambda: any(record.attempt == 2 for record in records(run, "waits_long", "w")))
     ray.cancel(ref)
     with pytest.raises(ray.exceptions.TaskCancelledError):
-        ray.get(ref, timeout=30)
+        get(ref)
     assert attempts(trace, "w") == [1]
     newest = records(run, "waits_long", "w")[-1]
     assert newest.ended is not None
@@ -364,9 +370,9 @@ def test_an_id_that_is_used_again(run: faultguard.Run) -> None:
     """A failed worker goes on with a new budget, a completed one begins a new life."""
     assert len(failed(counts.remote("w", 5, fail_at=3)).failures) == 1
     assert len(failed(counts.remote("w", 5, fail_at=4)).failures) == 1
-    assert ray.get(counts.remote("w", 5)) == (1, 0, 5)
+    assert get(counts.remote("w", 5)) == (1, 0, 5)
     assert [record.life for record in records(run, "counts", "w")][-1] == 1
-    assert ray.get(counts.remote("w", 4)) == (1, 0, 4)
+    assert get(counts.remote("w", 4)) == (1, 0, 4)
     assert [record.life for record in records(run, "counts", "w")][-1] == 2
 
 
@@ -376,18 +382,18 @@ def test_an_unfinished_worker_goes_on(run: faultguard.Run, trace: Trace) -> None
     wait_until(lambda: any(note["batch"] == 3 for note in trace.notes("batch")))
     ray.cancel(ref)
     with pytest.raises(ray.exceptions.TaskCancelledError):
-        ray.get(ref, timeout=30)
+        get(ref)
     again = endless.remote("w", trace)
     wait_until(lambda: attempts(trace, "w") == [1, 2])
     ray.cancel(again)
     assert trace.begins("w") == [0, 3]
     with pytest.raises(ray.exceptions.TaskCancelledError):
-        ray.get(again, timeout=30)
+        get(again)
 
 
 def test_ids_of_two_tasks_do_not_meet(run: faultguard.Run, trace: Trace) -> None:
     """One id under two tasks is two workers."""
-    assert ray.get([counts.remote("w", 3), long_form.remote("w", 4, trace, {})]) == [(1, 0, 3), expected(4)]
+    assert get([counts.remote("w", 3), long_form.remote("w", 4, trace, {})]) == [(1, 0, 3), expected(4)]
     assert records(run, "counts", "w")
     assert records(run, "long_form", "w")
 
@@ -410,10 +416,10 @@ def test_a_live_holder_is_not_pushed_aside(start_run: StartRun, trace: Trace, tm
     first = holds.remote("w", trace, str(tmp_path / "go"))
     wait_until(lambda: any(note["batch"] == 2 for note in trace.notes("batch")))
     with pytest.raises(faultguard.DuplicateWorkerError, match="'w' of task 'holds' is held by another live task") as caught:
-        ray.get(holds.remote("w", trace, ""), timeout=30)
+        get(holds.remote("w", trace, ""))
     assert caught.value.worker_id == "w"
     (tmp_path / "go").touch()
-    assert ray.get(first) == 1
+    assert get(first) == 1
     assert [note["batch"] for note in trace.notes("batch")] == [0, 1, 2, 3]
 
 
@@ -424,9 +430,9 @@ def test_a_dead_holder_is_replaced(start_run: StartRun, trace: Trace) -> None:
     note = wait_until(lambda: next((note for note in trace.notes("batch") if note["batch"] == 2), None))
     second = holds.remote("w", trace, "/never")
     os.kill(note["pid"], signal.SIGKILL)
-    assert ray.get(second, timeout=60) == 2
+    assert get(second) == 2
     with pytest.raises(ray.exceptions.WorkerCrashedError):
-        ray.get(first)
+        get(first)
     assert trace.begins("w") == [0, 2]
 
 
@@ -451,7 +457,7 @@ def below_with_too_few(worker_id: str) -> None:
 def test_below_ray_remote(run: faultguard.Run, trace: Trace) -> None:
     """Below `@ray.remote` a task survives crashes and exceptions, too."""
     deaths = {4: "SIGKILL", 8: "exception"}
-    assert ray.get(below.remote("w", BATCHES, trace, deaths)) == expected(BATCHES)
+    assert get(below.remote("w", BATCHES, trace, deaths)) == expected(BATCHES)
     assert attempts(trace, "w") == [1, 2, 3]
     assert_never_behind(trace, "w")
 
@@ -467,7 +473,7 @@ def test_below_ray_remote_too_few_retries_are_refused(run: faultguard.Run) -> No
     """Where Ray would give up before the budget is spent, `.remote()` says what to write."""
     with pytest.raises(faultguard.UsageError, match=r"max_retries=3, too few for max_failures=3.*max_retries=23 \(at least 4\)"):
         below_with_too_few.remote("w")
-    ray.get(below_with_too_few.options(max_retries=-1).remote("w"))
+    get(below_with_too_few.options(max_retries=-1).remote("w"))
 
 
 # --- inside, beside and without the decorator ------------------------------------------------------------------------
@@ -483,7 +489,7 @@ def outer(worker_id: str, trace: Trace) -> list[Any]:
 
 def test_nested_submission(run: faultguard.Run, trace: Trace) -> None:
     """A task may submit recoverable tasks; they belong to the run of the driver."""
-    assert ray.get(outer.remote("w", trace)) == [expected(6)] * 2
+    assert get(outer.remote("w", trace)) == [expected(6)] * 2
     assert [records(run, "long_form", f"w.{i}")[-1].kind for i in range(2)] == ["end", "end"]
 
 
@@ -500,7 +506,7 @@ def two_workers(worker_id: str, trace: Trace) -> tuple[Any, ...]:
 
 def test_a_worker_inside_a_task(run: faultguard.Run, trace: Trace) -> None:
     """`checkpointed(other_id)` in a task goes on by itself, and the failures are charged to the task."""
-    made, part, task, causes, _ = ray.get(two_workers.remote("w", trace))
+    made, part, task, causes, _ = get(two_workers.remote("w", trace))
     assert made == expected(8)
     assert (part, task, causes) == ("part", "w", ["crash", "exception"])
     assert_never_behind(trace, "part")
@@ -517,10 +523,10 @@ def plain(worker_id: str, n: int, trace: Trace, deaths: dict[int, str]) -> Any:
 
 def test_checkpointed_in_a_plain_task(run: faultguard.Run, trace: Trace) -> None:
     """Without the decorator whoever calls decides about retries; each goes on where the last one was."""
-    assert ray.get(plain.remote("crash", 8, trace, {5: "SIGKILL"})) == expected(8)
+    assert get(plain.remote("crash", 8, trace, {5: "SIGKILL"})) == expected(8)
     with pytest.raises(ValueError, match="planned"):
-        ray.get(plain.remote("raise", 8, trace, {5: "exception"}))
-    assert ray.get(plain.remote("raise", 8, trace, {5: "exception"})) == expected(8)
+        get(plain.remote("raise", 8, trace, {5: "exception"}))
+    assert get(plain.remote("raise", 8, trace, {5: "exception"})) == expected(8)
     for worker in ("crash", "raise"):
         assert_never_behind(trace, worker)
         assert trace.begins(worker)[1] >= 4
@@ -542,9 +548,9 @@ def test_checkpointed_in_an_actor(run: faultguard.Run, trace: Trace) -> None:
     actor = Loader.remote()
     deaths = {3: "exception", 6: "SIGKILL"}
     with pytest.raises(ValueError, match="planned"):
-        ray.get(actor.load.remote("w", 9, trace, deaths))
+        get(actor.load.remote("w", 9, trace, deaths))
     with pytest.raises(ray.exceptions.RayActorError):
-        ray.get(actor.load.remote("w", 9, trace, deaths))
+        get(actor.load.remote("w", 9, trace, deaths))
     restarted = lambda: not isinstance(_error_of(actor.load.remote("w", 9, trace, deaths)), ray.exceptions.RayActorError)
     wait_until(restarted)
     assert trace.begins("w")[:3] == [0, 3, 6]
@@ -554,7 +560,7 @@ def test_checkpointed_in_an_actor(run: faultguard.Run, trace: Trace) -> None:
 
 def _error_of(ref: ObjectRef[Any]) -> Exception | None:
     try:
-        assert ray.get(ref) == expected(9)
+        assert get(ref) == expected(9)
     except ray.exceptions.RayActorError as error:
         return error
     return None

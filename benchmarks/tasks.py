@@ -1,0 +1,151 @@
+"""What whole tasks pay: many that end at once, and one that works for a minute."""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+
+import ray
+
+import faultguard
+from benchmarks.budget import Bench, Measured
+from benchmarks.cluster import cluster, entered_through, profiled, profiles
+from benchmarks.handle import plain_state
+from benchmarks.timing import in_turn, median, ratio, us
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["auto", "throughput"]
+
+TIMEOUT_S = 300
+BATCH_S = 0.005
+ROOM_S = 60  # for a task beyond the time that it works
+
+
+# --- tasks that end at once -----------------------------------------------------------------------------------------
+
+
+def throughput(bench: Bench) -> Measured:
+    """The same function plain and decorated, all tasks submitted at once."""
+    tasks, rounds = (200, 2) if bench.quick else (2000, 5)
+    with cluster(bench):
+        plain, ours = ray.remote(_nothing), faultguard.recoverable(ray.remote(_nothing))
+        for task in (plain, ours):
+            _run(task, 100)  # all processes are started, and have imported what they need
+        found = in_turn(rounds, plain=lambda: _run(plain, tasks), ours=lambda: _run(ours, tasks))
+    each = {name: median(seconds) / tasks for name, seconds in found.items()}
+    details = (f"per task {us(each['plain'])} plain, {us(each['ours'])} ours; {tasks} tasks, medians of {rounds}",)
+    return Measured(ratio(found, "plain", "ours"), details, lambda: _explain_throughput(bench))
+
+
+def _nothing() -> None:
+    """The task."""
+
+
+def _run(task: Any, count: int) -> float:
+    """Seconds until that many are done."""
+    started = time.perf_counter()
+    ray.get([task.remote() for _ in range(count)], timeout=TIMEOUT_S)
+    return time.perf_counter() - started
+
+
+def _explain_throughput(bench: Bench) -> list[str]:
+    """The driver's side of a `.remote()`, and what one task does in its process."""
+    count, folder = 200, bench.directory / "profiles"
+    with cluster(bench):
+        plain, ours = ray.remote(_nothing), faultguard.recoverable(ray.remote(_nothing))
+        driver = {name: _submit(task, count) for name, task in (("plain", plain), ("ours", ours))}
+        with entered_through(profiled(folder)):
+            _run(faultguard.recoverable(ray.remote(_nothing)), count)
+    submitting = f"submitting takes the driver {us(driver['plain'])} plain, {us(driver['ours'])} ours"
+    return [
+        f"{submitting}; nothing is deferred yet (part 3): each task makes a claim and an end durable, and registers a heartbeat",
+        *profiles(folder, skip_first=True),
+    ]
+
+
+def _submit(task: Any, count: int) -> float:
+    """Seconds of the driver per task."""
+    _run(task, 20)
+    started = time.perf_counter()
+    refs = [task.remote() for _ in range(count)]
+    seconds = (time.perf_counter() - started) / count
+    ray.get(refs, timeout=TIMEOUT_S)
+    return seconds
+
+
+# --- a task that works ----------------------------------------------------------------------------------------------
+
+
+def auto(bench: Bench) -> Measured:
+    """All time of the main thread that is not the body's, claim and outcome included, and the CPU time of our threads."""
+    seconds = 5 if bench.quick else 60
+    with cluster(bench), entered_through(_clocked):
+        task = faultguard.recoverable(state=plain_state())(ray.remote(_work))
+        found = ray.get(task.remote(seconds), timeout=seconds + ROOM_S)
+    wall = found["left"] - found["entered"]
+    main = {
+        "entry → first batch (imports, claim)": found["first"] - found["entered"],
+        "between batches": found["between"],
+        "last batch → outcome recorded": found["left"] - found["last"],
+    }
+    spent = {**{f"main thread, {part}": s for part, s in main.items()}, **{f"CPU of {name}": s for name, s in found["threads"].items()}}
+    details = (
+        *(f"{100 * s / wall:.3f} % {part}: {s * 1e3:.1f} ms" for part, s in spent.items()),
+        f"of {wall:.1f} s with {found['batches']} batches of {BATCH_S * 1e3:g} ms, {found['records']} records; longest pause between two "
+        f"batches {found['longest'] * 1e3:.2f} ms; Ray's own threads, which carry the heartbeats, not counted",
+    )
+    return Measured(100 * sum(spent.values()) / wall, details)
+
+
+def _clocked(load: Callable[[], Callable[..., Any]]) -> Callable[..., Any]:
+    """An entry that adds when it was entered and left to what the task returns."""
+
+    def entry(*arguments: Any, **keywords: Any) -> Any:
+        import time
+
+        entered = time.perf_counter()
+        found = load()(*arguments, **keywords)
+        return {**found, "entered": entered, "left": time.perf_counter()}
+
+    return entry
+
+
+def _work(seconds: float) -> dict[str, Any]:
+    """Compute, with the interpreter's lock held, and change the state; time what happens between the batches."""
+    handle = faultguard.current()
+    first = ended = time.perf_counter()
+    between = longest = 0.0
+    batches = 0
+    for batch in handle.batches(range(10**9)):
+        began = time.perf_counter()
+        if batch:
+            between += began - ended
+            longest = max(longest, began - ended)
+        else:
+            first = began
+        while time.perf_counter() < began + BATCH_S:
+            handle.state["count_0"] += 1
+        batches += 1
+        ended = time.perf_counter()
+        if ended - first > seconds:
+            break
+    threads = {thread.name: _cpu_time(thread) for thread in threading.enumerate() if thread.name.startswith("faultguard")}
+    journal = handle._journal
+    records = journal.held.last if journal is not None else 0
+    return {
+        "first": first,
+        "between": between,
+        "longest": longest,
+        "last": time.perf_counter(),
+        "batches": batches,
+        "records": records,
+        "threads": threads,
+    }
+
+
+def _cpu_time(thread: threading.Thread) -> float:
+    """Seconds of processor time that a live thread has used."""
+    return time.clock_gettime(time.pthread_getcpuclockid(thread.ident)) if thread.ident is not None else 0.0
