@@ -10,6 +10,7 @@ import itertools
 import os
 import pstats
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,10 +44,11 @@ def cluster(bench: Bench) -> Iterator[None]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")]))  # workers find `benchmarks`
     sessions = tempfile.mkdtemp(prefix="fgb-", dir="/tmp")  # short: paths of sockets lie below it
-    ray.init(address="local", _temp_dir=sessions, num_cpus=CPUS, include_dashboard=False, log_to_driver=False)
     try:
-        with faultguard.init(checkpoint_dir=bench.directory / "checkpoints", progress=False):
-            yield
+        with contextlib.redirect_stdout(sys.stderr):  # where Ray prints each crash
+            ray.init(address="local", _temp_dir=sessions, num_cpus=CPUS, include_dashboard=False, log_to_driver=False)
+            with faultguard.init(checkpoint_dir=bench.directory / "checkpoints", progress=False):
+                yield
     finally:
         ray.shutdown()
         shutil.rmtree(sessions, ignore_errors=True)

@@ -7,7 +7,7 @@ import math
 import random
 import threading
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 
@@ -20,9 +20,6 @@ from faultguard._core.schedule import Schedule
 from faultguard._journal import Journal
 from faultguard._log import StoredLog
 from faultguard.storage import open_store
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 __all__ = ["durable", "loop", "newest_record", "plain_state", "snapshot"]
 
@@ -54,7 +51,7 @@ def loop(bench: Bench) -> Measured:
     bare, ours, locked = (median(found[name]) for name in ("bare", "ours", "locked"))
     over, lock = ours - bare, locked - bare
     details = (
-        f"bare loop {us(bare)}, batches() {us(ours)} per batch: {us(over)} over it; {ratio(found, 'ours', 'bare'):.1f} × the bare loop",
+        f"bare loop {us(bare)}, batches() {us(ours)} per batch: {us(over)} over it; {ratio(found, 'ours', 'bare'):.1f} x the bare loop",
         f"an uncontended lock taken and given back: {us(lock)}, added here because the part that needs it is not written yet",
     )
     return Measured((over + lock) * 1e6, details, lambda: profile(lambda: _batches(1000), 20))
@@ -101,7 +98,7 @@ def snapshot(bench: Bench) -> Measured:
     found = in_turn(300 if bench.quick else 5000, ours=ours, bare=lambda: timed(lambda: bare.encode(handle.state)))
     p50 = median(found["ours"])
     size = len(_codec.encode(handle.state))
-    details = (f"{size} bytes; {p50 / median(found['bare']):.1f} × msgspec's encoding alone ({us(median(found['bare']))})",)
+    details = (f"{size} bytes; {p50 / median(found['bare']):.1f} x msgspec's encoding alone ({us(median(found['bare']))})",)
     return Measured(p50 * 1e6, details, lambda: profile(handle._snapshot, 500))
 
 
@@ -122,8 +119,8 @@ def durable(bench: Bench) -> Measured:
         by_hand=lambda: timed(lambda: by_hand.write(record), BLOCK),
     )
     details = (
-        f"{len(record)} bytes: {us(median(found['ours']))}, by hand (O_TMPFILE, write, fsync, linkat, fsync of the directory) "
-        f"{us(median(found['by_hand']))}; blocks of {BLOCK} in turn",
+        f"{us(median(found['ours']))} over {us(median(found['by_hand']))} for {len(record)} bytes; blocks of {BLOCK} in turn",
+        "by hand: O_TMPFILE, write, fsync, linkat, fsync of the directory; nothing is ever deleted",
     )
     return Measured(ratio(found, "ours", "by_hand"), details, lambda: profile(save, 200))
 
@@ -138,9 +135,7 @@ def _stored_handle(bench: Bench) -> Checkpoint:
         raise TypeError(f"the log of a new store was not granted: {granted!r}")
     schedule = Schedule("auto", time.monotonic())
     journal = Journal(log, granted.held, schedule, keep=3)
-    return Checkpoint(
-        run="run", task="task", worker_id="worker", journal=journal, snapshot=None, schedule=schedule, state=plain_state()
-    )
+    return Checkpoint(run="run", task="task", worker_id="worker", journal=journal, snapshot=None, schedule=schedule, state=plain_state())
 
 
 def newest_record(handle: Checkpoint) -> bytes:

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 import faultguard
+from benchmarks import stamps as stamped
 from benchmarks.budget import Bench, Measured
 from benchmarks.cluster import cluster, entered_through, profiled, profiles
 from benchmarks.handle import newest_record, plain_state
-from benchmarks import stamps as stamped
 from benchmarks.stamps import Stamps
 from benchmarks.timing import DurableWriter, median, top, us
 
@@ -49,9 +49,8 @@ def exception(bench: Bench) -> Measured:
     resumed = [s for one in found for s in one["resumed"][1:]]
     by_hand = [s for one in found for s in one["by_hand"][1:]]
     details = (
-        f"{us(median(resumed))} over {us(median(by_hand))} for {found[0]['bytes']} bytes by hand; {processes} processes of {failures} "
-        f"failures each",
-        f"not counted: the first failure of a process, {us(first)} ({first / median(by_hand):.0f} ×), which imports tenacity and structlog",
+        f"{us(median(resumed))} over {us(median(by_hand))} for {found[0]['bytes']} bytes; {processes} processes, {failures} failures each",
+        f"not counted: the first failure of a process, {us(first)} ({first / median(by_hand):.0f} x), which imports tenacity and structlog",
     )
     return Measured(median([a / b for a, b in zip(resumed, by_hand, strict=True)]), details, lambda: _explain_exception(bench, failures))
 
@@ -112,9 +111,8 @@ def sigkill(bench: Bench) -> Measured:
     share = {key: median([ours[key] for _, ours in found]) for key in found[0][1]}
     details = (
         f"{share['ours'] * 1e3:.0f} ms of ours after plain Ray's {plain * 1e3:.0f} ms (kill → function entered), medians of {rounds}",
-        f"loading the task, which imports faultguard, {share['loaded'] * 1e3:.0f} ms; claim, restore and warning "
-        f"{(share['ours'] - share['loaded']) * 1e3:.0f} ms; resumed at batch {share['batch']:.0f} of {KILLED_AT}",
-        f"kill → first resumed batch in all {(share['ours'] + share['ray']) * 1e3:.0f} ms",
+        f"of them {share['loaded'] * 1e3:.0f} ms to load the task, which imports faultguard; the rest to claim, restore and warn",
+        f"kill → first resumed batch in all {(share['ours'] + share['ray']) * 1e3:.0f} ms; at batch {share['batch']:.0f} of {KILLED_AT}",
     )
     return Measured(100 * share["ours"] / plain, details, lambda: _explain_sigkill(bench))
 

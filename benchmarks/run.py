@@ -13,7 +13,6 @@ import importlib
 import json
 import os
 import platform
-import shutil
 import sys
 import tempfile
 import traceback
@@ -29,6 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 NAME_WIDTH = 10
+DISK = "/var/tmp"  # noqa: S108 - /tmp is memory on many systems, where an fsync costs nothing
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +91,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", type=lambda text: text.split(","), default=[], metavar="NAME,...", help=f"of {', '.join(names)}")
     parser.add_argument("--json", metavar="FILE", help="write the rows there, too")
     parser.add_argument("--check", action="store_true", help="exit with 1 if loop, snapshot or durable misses its bar")
-    parser.add_argument("--dir", default="/var/tmp", help="where to write; must be a real disk (default: %(default)s)")
+    parser.add_argument("--dir", default=DISK, help="where to write; must be a real disk (default: %(default)s)")
     options = parser.parse_args(arguments)
     unknown = sorted(set(options.only) - set(names))
     if unknown:
@@ -104,15 +104,14 @@ def _measure(item: Item, *, quick: bool, parent: str) -> Row:
     if not item.function:
         return Row(item)
     module, _, name = item.function.partition(":")
-    directory = Path(tempfile.mkdtemp(prefix="faultguard-bench-", dir=parent))
     try:
-        measured: Measured = getattr(importlib.import_module(f"benchmarks.{module}"), name)(Bench(quick, directory))
-        return Row(item, measured, () if item.meets(measured.value) else tuple(measured.explain()))
+        with tempfile.TemporaryDirectory(prefix="faultguard-bench-", dir=parent, ignore_cleanup_errors=True) as directory:
+            bench = Bench(quick, Path(directory))
+            measured: Measured = getattr(importlib.import_module(f"benchmarks.{module}"), name)(bench)
+            return Row(item, measured, () if item.meets(measured.value) else tuple(measured.explain()))
     except Exception as error:  # noqa: BLE001 - one row that cannot be measured must not hide the others
         traceback.print_exc()
         return Row(item, error=f"{type(error).__name__}: {error}")
-    finally:
-        shutil.rmtree(directory, ignore_errors=True)
 
 
 def _print(row: Row) -> None:

@@ -94,8 +94,8 @@ def auto(bench: Bench) -> Measured:
     spent = {**{f"main thread, {part}": s for part, s in main.items()}, **{f"CPU of {name}": s for name, s in found["threads"].items()}}
     details = (
         *(f"{100 * s / wall:.3f} % {part}: {s * 1e3:.1f} ms" for part, s in spent.items()),
-        f"of {wall:.1f} s with {found['batches']} batches of {BATCH_S * 1e3:g} ms, {found['records']} records; longest pause between two "
-        f"batches {found['longest'] * 1e3:.2f} ms; Ray's own threads, which carry the heartbeats, not counted",
+        f"of {wall:.1f} s, {found['batches']} batches of {BATCH_S * 1e3:g} ms, {found['records']} records",
+        f"longest pause between two batches {found['longest'] * 1e3:.2f} ms; Ray's own threads, which carry the beats, are not counted",
     )
     return Measured(100 * sum(spent.values()) / wall, details)
 

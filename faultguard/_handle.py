@@ -106,8 +106,11 @@ class Checkpoint:
 
     @property
     def durable_batch(self) -> int:
-        """Batches done in the innermost loop of the newest durable checkpoint."""
-        return self._journal.durable_batch if self._journal is not None else self.current_batch
+        """Batches of the innermost loop that are durable."""
+        if self._journal is None:
+            return self.current_batch
+        durable = self._journal.held.durable
+        return self._cursors.done_in(durable.loops) if durable is not None else 0
 
     @property
     def restored(self) -> Snapshot | None:
@@ -150,13 +153,9 @@ class Checkpoint:
         """The generator behind `batches`. Between two batches it does next to nothing unless something is due."""
         cursors, schedule, clock, growing = self._cursors, self._schedule, time.monotonic, _codec.GROWING
         loop, closed = cursors.open(name, length, total)
-        self.total_batches = loop.total
-        if cursors.around is not None:
-            _know(cursors.around)
         scopes, inside = cursors.scopes, loop.depth + 1
         try:
-            if closed:
-                self._boundary()
+            self._begin(loop, closed=closed)
             if loop.finished:
                 cursors.finish(loop)
                 return
@@ -173,11 +172,27 @@ class Checkpoint:
                         del scopes[inside:]
                     if look:
                         self._boundary()
+                elif loop.finished:
+                    self._refuse_closed(loop)
         except BaseException:
             cursors.leave(loop)
             raise
         cursors.finish(loop)
         self._boundary(0)
+
+    def _begin(self, loop: Loop, *, closed: bool) -> None:
+        """A loop begins: inside of another one's batch, or after another one, which that may have closed."""
+        self.total_batches = loop.total
+        if self._cursors.around is not None:
+            _know(self._cursors.around)
+        if closed:
+            self._boundary()
+
+    def _refuse_closed(self, loop: Loop) -> None:
+        """Somebody has kept the generator, and goes on with it after its loop was closed."""
+        self._check_open("batches")
+        msg = f"loop {loop.name!r} is refused to go on: the end of its block, or the loop that follows it, has closed it"
+        raise UsageError(msg)
 
     def _source(self, iterable: Any, loop: Loop) -> Iterator[Any]:
         """The batches from where the loop goes on; what is skipped is compared with what the checkpoint remembers."""

@@ -54,12 +54,6 @@ class Journal:
         self._served = False
         self._closed = False  # the last record of this attempt is written: whatever is pending must not come after it
 
-    @property
-    def durable_batch(self) -> int:
-        """Batches done in the innermost loop of what is durable."""
-        durable = self.held.durable
-        return durable.batch if durable is not None else 0
-
     def offer(self, snapshot: Snapshot, due: float) -> None:
         """Take a snapshot, to be written at `due` (monotonic seconds) unless a newer one comes; the newest always counts."""
         self._newest = snapshot

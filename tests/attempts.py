@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import random
 import time
 import uuid
 from typing import TYPE_CHECKING, Any
@@ -18,6 +17,7 @@ from faultguard._journal import Journal
 from faultguard._log import StoredLog
 
 if TYPE_CHECKING:
+    import random
     from collections.abc import Callable
 
     import pytest
@@ -193,16 +193,19 @@ def run_to_the_end(
         return RandomSchedule(rng) if rng is not None else None
 
     attempt = worker.attempt(state=state, schedule=schedule(), keep=keep)
-    for _ in range(len(die_at) + 1):
-        try:
-            body(attempt.ckpt, tick)
-        except Died:
-            if by_exception:
-                attempt.fail()
-                attempt = worker.retry(attempt, state=state, schedule=schedule(), keep=keep)
-            else:
-                attempt.die()
-                attempt = worker.attempt(state=state, schedule=schedule(), keep=keep)
+    while not _survives(body, attempt.ckpt, tick):
+        if by_exception:
+            attempt.fail()
+            attempt = worker.retry(attempt, state=state, schedule=schedule(), keep=keep)
         else:
-            return attempt.complete()
-    raise AssertionError("it never came to its end")
+            attempt.die()
+            attempt = worker.attempt(state=state, schedule=schedule(), keep=keep)
+    return attempt.complete()
+
+
+def _survives(body: Callable[[Checkpoint, Callable[[], None]], None], ckpt: Checkpoint, tick: Callable[[], None]) -> bool:
+    try:
+        body(ckpt, tick)
+    except Died:
+        return False
+    return True

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
 
 from faultguard._core.names import record_name, record_number
 from faultguard.storage.local import LocalStore
@@ -22,7 +22,14 @@ if TYPE_CHECKING:
 SCHEDULES = int(os.environ.get("FAULTGUARD_SCHEDULES", "8000"))
 BOUND = SCHEDULES // 4  # within which a broken variant must be caught; the true rules live through four times as many
 INDEX = st.integers(0, MAX_INCARNATIONS - 1)
-FAULT = st.sampled_from(("", "", "", *CREATE_FAULTS, *OLD_LISTINGS))
+ACTS = ("run",) * 8 + ("start",) * 4 + ("claim again", "land", "work", "fail", "leave", "check", "die")
+FAULT = st.sampled_from(("",) * 12 + (*CREATE_FAULTS, *OLD_LISTINGS, *OLD_LISTINGS))
+
+
+def _possible(one: Incarnation) -> tuple[str, ...]:
+    """The faults that the next op of an incarnation can meet."""
+    kind = type(one.op).__name__
+    return CREATE_FAULTS if kind == "Create" else (*OLD_LISTINGS, "error") if kind == "List" else ("error",)
 
 
 class LocalBackend:
@@ -56,7 +63,7 @@ class LogMachine(RuleBasedStateMachine):
     world: World
 
     @initialize(
-        batches=st.integers(2, 8), keep=st.sampled_from((2, 3)), failures=st.integers(0, 3), every=st.integers(1, 2), named=st.booleans(), wait=st.booleans()
+        batches=st.integers(3, 12), keep=st.sampled_from((2, 3)), failures=st.integers(0, 3), every=st.integers(1, 2), named=st.booleans(), wait=st.booleans()
     )
     def begin(self, batches: int, keep: int, failures: int, every: int, named: bool, wait: bool) -> None:
         """A new worker, and its first incarnation."""
@@ -68,61 +75,40 @@ class LogMachine(RuleBasedStateMachine):
         return World(**options)  # type: ignore[arg-type]
 
     def one(self, index: int) -> Incarnation:
-        """The incarnation of that index, as far as there is one."""
-        return self.world.incarnations[index % len(self.world.incarnations)]
+        """One of the living, or the last one that was."""
+        alive = [one for one in self.world.incarnations if one.phase != "over"] or self.world.incarnations[-1:]
+        return alive[index % len(alive)]
 
-    @precondition(lambda self: len(self.world.incarnations) < MAX_INCARNATIONS)
-    @rule(kind=st.sampled_from(("rerun", "rerun", "rerun", "task", "driver")), task=INDEX)
-    def start(self, kind: str, task: int) -> None:
-        """Ray's next attempt, another task, or one of another driver."""
-        self.world.start(kind, task)
+    @rule(act=st.sampled_from(ACTS), index=INDEX, steps=st.sampled_from((1, 2, 3, 5, 10, 30, 30)), fault=FAULT, cut=st.floats(0, 1))
+    def act(self, act: str, index: int, steps: int, fault: str, cut: float) -> None:
+        """One incarnation goes on for a while, or something happens to it; all others are frozen.
 
-    @rule(index=INDEX, fault=FAULT, cut=st.floats(0, 1), steps=st.sampled_from((1, 2, 3, 5, 10, 30)))
-    def run(self, index: int, fault: str, cut: float, steps: int) -> None:
-        """Let one incarnation go on for a while, after a first step that may meet a fault; all others are frozen."""
+        One rule for everything, because hypothesis switches rules off at random, and without steps nothing happens.
+        """
         one = self.one(index)
-        one.step(fault if fault in (CREATE_FAULTS if type(one.op).__name__ == "Create" else ("error", *OLD_LISTINGS)) else "", cut)
+        if act == "run":
+            self.run(one, steps, fault, cut)
+        elif act == "start" and len(self.world.incarnations) < MAX_INCARNATIONS:
+            kind = "rerun" if index else "task" if cut < 0.5 else "driver"
+            self.run(self.world.start(kind, -1 if index > 2 else index), steps, fault, cut)
+        elif act == "claim again":
+            one.claim_again(gone=one.gone if cut < 0.7 else 0)
+        elif act == "leave":
+            one.leave(CAUSES[steps % len(CAUSES)])
+        elif act == "land":
+            self.world.land(index)
+        elif act in {"work", "fail", "check", "die"}:
+            getattr(one, act)()
+
+    def run(self, one: Incarnation, steps: int, fault: str, cut: float) -> None:
+        """Up to `steps` things that it does, the first op with a fault."""
         for _ in range(steps):
             if one.job is not None:
-                one.step()
+                one.step(fault if fault in _possible(one) else "", cut)
+                fault = ""
             else:
                 one.work()
                 one.go_on()
-
-    @rule(index=INDEX)
-    def work(self, index: int) -> None:
-        """Half a batch, whatever the writer does."""
-        self.one(index).work()
-
-    @rule(index=INDEX)
-    def fail(self, index: int) -> None:
-        """The user's code raises."""
-        self.one(index).fail()
-
-    @rule(index=INDEX, cause=st.sampled_from(CAUSES))
-    def leave(self, index: int, cause: str) -> None:
-        """The attempt has to leave."""
-        self.one(index).leave(cause)
-
-    @rule(index=INDEX)
-    def check(self, index: int) -> None:
-        """The user's code asks whether it must stop."""
-        self.one(index).check()
-
-    @rule(index=INDEX, declared_gone=st.booleans())
-    def claim_again(self, index: int, declared_gone: bool) -> None:
-        """One that was blocked, or met an error, tries again."""
-        self.one(index).claim_again(gone=self.one(index).gone if declared_gone else 0)
-
-    @rule(index=INDEX)
-    def land(self, index: int) -> None:
-        """A create without a reply arrives."""
-        self.world.land(index)
-
-    @rule(index=INDEX)
-    def die(self, index: int) -> None:
-        """SIGKILL."""
-        self.one(index).die()
 
     def teardown(self) -> None:
         """Whatever happened, a last claimer finds all that was promised."""
@@ -148,7 +134,7 @@ class LocalMachine(LogMachine):
 
 def run_machine(machine: type[LogMachine], examples: int) -> None:
     """Let hypothesis try `examples` schedules; a failing one is shrunk and printed as a program."""
-    quick = settings(max_examples=examples, stateful_step_count=40, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    quick = settings(max_examples=examples, stateful_step_count=40, deadline=None, database=None, report_multiple_bugs=False, suppress_health_check=list(HealthCheck))
     run_state_machine_as_test(machine, settings=quick)
 
 

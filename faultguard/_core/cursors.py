@@ -94,6 +94,17 @@ class Cursors:
         passed = itertools.takewhile(lambda loop: loop.opened or loop.name == HAND_WRITTEN, self.scopes[0] if self.scopes else ())
         return tuple(passed)[-1:]
 
+    def done_in(self, marks: Marks) -> int:
+        """Batches of the innermost loop that a checkpoint counts as done: none, if it is of another batch outside."""
+        path = self._stack or ([self.innermost] if self.innermost else [])
+        done = 0
+        for depth, loop in enumerate(path):
+            mark = next((mark for scope in marks[depth : depth + 1] for mark in scope if mark.name == loop.name), None)
+            if mark is None or (loop is not path[-1] and mark.done != loop.done):
+                return 0
+            done = mark.done
+        return done
+
     @property
     def depth(self) -> int:
         """How many loops are open."""

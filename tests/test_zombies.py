@@ -1,0 +1,558 @@
+"""Frozen and thawed processes on a real disk: whatever an attempt that has a successor still does, it changes nothing.
+
+Each incarnation is a process of its own; all use one directory. They do what they are asked through a pipe, are stopped with
+SIGSTOP, from outside or at an exact step of a write, and go on when the test says so.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import traceback
+import uuid
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import pytest
+
+import faultguard
+from faultguard import _codec
+from faultguard._core import log as rules
+from faultguard._core.names import encode_name
+from faultguard._core.records import Ended, Owner
+from faultguard._core.schedule import Schedule
+from faultguard._log import StoredLog
+from faultguard.errors import AmbiguousReplyError, FaultguardError
+from faultguard.storage import local, store_id
+from faultguard.storage.local import LocalStore
+from tests.attempts import RUN, TASK, Attempt, Worker
+
+if TYPE_CHECKING:
+    import builtins
+    from collections.abc import Callable, Iterator
+
+REPOSITORY = Path(faultguard.__file__).parent.parent
+WAIT_S = 60.0
+POLL_S = 0.001
+TASK_ID = "0123456789abcdef"
+KEEP = 2
+W = "w0"
+SAVES = ["wait", "advance", "loop"]  # the first on the thread of the loop, the others on the writer's
+LAST_WORDS = ["end", "leave", "retry", "check"]
+MOMENTS = {"claimed": 0, "saved": 1, "cleaned": 3, "ended": 1}  # what the replacement has done, and in how many batches
+SUPERSEDED = "SupersededError"
+REFUSED = "Refused"
+
+
+# --- in the process of an incarnation -------------------------------------------------------------------------------
+
+
+def stop_here() -> None:
+    """Stop this process at this very instruction; a signal to the process could find another thread first."""
+    signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)
+
+
+def claim(store: Any, worker_id: str, ray_attempt: int) -> tuple[StoredLog, Any]:
+    """Let an attempt of the one Ray task claim a worker."""
+    log = StoredLog(store, f"{RUN}/{TASK}/{encode_name(worker_id)}/")
+    owner = Owner(uuid.uuid4().hex, task_id=TASK_ID, ray_attempt=ray_attempt, pid=os.getpid())
+    return log, log.run(rules.claim(rules.Claimant(owner, TASK, worker_id, max_failures=-1), time.time()))
+
+
+def trail_of(snapshot: Any) -> list[int]:
+    """Who did the batches that are in a snapshot."""
+    trail: list[int] = _codec.decode(bytes(snapshot.state))["trail"] if snapshot is not None else []
+    return trail
+
+
+class UnclearStore:
+    """A store that, once armed, freezes in a create and has no clear answer when it thaws."""
+
+    def __init__(self, store: LocalStore) -> None:
+        self._store = store
+        self.url = store.url
+        self.armed = ""
+
+    def create(self, key: str, data: bytes) -> bool:
+        """Create, freeze and lose the reply; or freeze and lose the request."""
+        armed, self.armed = self.armed, ""
+        if not armed:
+            return self._store.create(key, data)
+        if armed == "created":
+            assert self._store.create(key, data)
+        stop_here()
+        msg = "the reply was lost"
+        raise AmbiguousReplyError(msg)
+
+    def get(self, key: str) -> bytes | None:
+        """As it is."""
+        return self._store.get(key)
+
+    def list(self, prefix: str, start_after: str = "") -> builtins.list[str]:
+        """As it is."""
+        return self._store.list(prefix, start_after)
+
+    def delete(self, key: str) -> None:
+        """As it is."""
+        self._store.delete(key)
+
+
+class Incarnation:
+    """What one process can be asked to do."""
+
+    def __init__(self, root: str, ray_attempt: int, *, tmpfile: bool) -> None:
+        self._root = root
+        self._ray_attempt = ray_attempt
+        self._store = UnclearStore(LocalStore(root, tmpfile=tmpfile))
+        self._attempts: dict[str, tuple[Attempt, Iterator[int]]] = {}
+
+    def claim(self, worker_id: str) -> object:
+        """Claim a worker, restore it and take its first batch in hand; gives whose batches were restored."""
+        log, answer = claim(self._store, worker_id, self._ray_attempt)
+        if not isinstance(answer, rules.Granted):
+            return type(answer).__name__
+        attempt = Attempt(log, answer.held, Schedule(1, time.monotonic()), {"trail": []}, KEEP)
+        restored = list(attempt.ckpt.state["trail"])
+        loop = attempt.ckpt.batches(range(100))
+        assert next(loop) == len(restored)
+        self._attempts[worker_id] = attempt, loop
+        return restored
+
+    def open_worker(self) -> object:
+        """Claim as a decorated task does; only for an attempt that is refused."""
+        from faultguard import _attempt, _ray
+        from faultguard._settings import Settings
+
+        store = store_id(LocalStore(self._root), create=False)
+        settings = Settings(run=RUN, checkpoint_dir=self._root, store_id=store, job_id="job")
+        identity = _ray.Identity("job", "node", TASK_ID, self._ray_attempt, TASK, TASK)
+        return type(_attempt.open_worker(settings, identity, _attempt.TaskOptions(TASK), W, max_failures=-1)).__name__
+
+    def batch(self, worker_id: str, way: str) -> object:
+        """Do the batch in hand and let it be saved in one of the ways; gives the number of batches that are durable."""
+        attempt, loop = self._attempts[worker_id]
+        attempt.ckpt.state["trail"].append(self._ray_attempt)
+        if way != "loop":
+            attempt.ckpt.advance(wait=way == "wait")
+        next(loop)
+        deadline = time.monotonic() + WAIT_S
+        while not (attempt.journal.superseded or attempt.journal.durable_batch == attempt.ckpt.current_batch):
+            assert time.monotonic() < deadline, "the writer has no answer"
+            time.sleep(POLL_S)
+        return attempt.journal.durable_batch
+
+    def durable(self, worker_id: str) -> object:
+        """How many batches it believes to be durable."""
+        return self._attempts[worker_id][0].journal.durable_batch
+
+    def last_words(self, worker_id: str, way: str) -> object:
+        """Everything else that an attempt does to its log."""
+        attempt, loop = self._attempts[worker_id]
+        if way == "end":
+            loop.close()  # type: ignore[attr-defined]  # a generator
+            attempt.complete()
+        elif way == "leave":
+            attempt.journal.leave(Ended("drain", charged=False))
+        elif way == "retry":
+            attempt.fail()
+        else:
+            attempt.ckpt.check()
+        return None
+
+    def unclear(self, happened: str) -> object:
+        """Let the next create freeze and be answered by nothing."""
+        self._store.armed = happened
+        return None
+
+    def stop_at(self, wanted: str) -> object:
+        """Freeze when the store comes to that step, once."""
+        if wanted == "inside_link":
+            link = os.link
+
+            def link_and_stop(*args: Any, **kwargs: Any) -> None:
+                link(*args, **kwargs)
+                os.link = link
+                stop_here()
+
+            os.link = link_and_stop
+            return None
+
+        def hook(step: str, key: str) -> None:
+            if step == wanted:
+                local.step_hook = None
+                stop_here()
+
+        local.step_hook = hook
+        return None
+
+
+def serve(descriptor: int, root: str, ray_attempt: int, tmpfile: int) -> None:
+    """Do what the test asks, until it has nothing more to say; an error of ours is answered by its name."""
+    incarnation = Incarnation(root, ray_attempt, tmpfile=bool(tmpfile))
+    with Connection(descriptor) as connection:
+        connection.send("ready")
+        while True:
+            try:
+                name, *arguments = connection.recv()
+            except EOFError:
+                return
+            try:
+                answer = getattr(incarnation, name)(*arguments)
+            except FaultguardError as error:
+                answer = type(error).__name__
+            except Exception:  # noqa: BLE001 - the test shows it
+                answer = traceback.format_exc()
+            connection.send(answer)
+
+
+# --- in the test ----------------------------------------------------------------------------------------------------
+
+
+class Process:
+    """One incarnation, from outside."""
+
+    def __init__(self, root: Path, ray_attempt: int, *, tmpfile: bool) -> None:
+        self._connection, theirs = multiprocessing.Pipe()
+        script = (
+            "import sys; from tests.test_zombies import serve; serve(int(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))"
+        )
+        command = [sys.executable, "-c", script, str(theirs.fileno()), str(root), str(ray_attempt), str(int(tmpfile))]
+        self._process = subprocess.Popen(command, cwd=REPOSITORY, pass_fds=[theirs.fileno()])
+        theirs.close()
+
+    def send(self, name: str, *arguments: str) -> None:
+        """Ask for something, and do not wait."""
+        self._connection.send((name, *arguments))
+
+    def receive(self) -> object:
+        """Take an answer."""
+        assert self._connection.poll(WAIT_S), "no answer"
+        answer: object = self._connection.recv()
+        return answer
+
+    def ask(self, name: str, *arguments: str) -> object:
+        """Ask and take the answer."""
+        self.send(name, *arguments)
+        return self.receive()
+
+    def wait_until_frozen(self) -> None:
+        """Return when every thread of it is stopped."""
+        deadline = time.monotonic() + WAIT_S
+        while True:
+            found = os.waitid(os.P_PID, self._process.pid, os.WSTOPPED | os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            if found is not None:
+                assert found.si_code == os.CLD_STOPPED, f"it ended: {found}"
+                return
+            assert time.monotonic() < deadline, "it did not stop"
+            time.sleep(POLL_S)
+
+    def freeze(self) -> None:
+        """Stop it wherever it is."""
+        self._process.send_signal(signal.SIGSTOP)
+        self.wait_until_frozen()
+
+    def freeze_at(self, step: str, name: str, *arguments: str) -> None:
+        """Ask for something, and let it freeze at a step of the store."""
+        assert self.ask("stop_at", step) is None
+        self.send(name, *arguments)
+        self.wait_until_frozen()
+
+    def thaw(self) -> None:
+        """Let it go on."""
+        self._process.send_signal(signal.SIGCONT)
+
+    def die(self) -> None:
+        """Kill it, frozen or not."""
+        self._process.kill()
+        self._process.wait(WAIT_S)
+        self._connection.close()
+
+    def save(self, worker_id: str = W, *, batches: int = 1) -> None:
+        """Do some batches, each durable before the next."""
+        for _ in range(batches):
+            answer = self.ask("batch", worker_id, "wait")
+            assert isinstance(answer, int), answer
+
+
+class Start(Protocol):
+    """Starts the incarnation of a Ray attempt."""
+
+    def __call__(self, ray_attempt: int, *, tmpfile: bool = True) -> Process: ...
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """The checkpoint directory, known as a store."""
+    path = tmp_path / "store"
+    path.mkdir()
+    store_id(LocalStore(str(path)))
+    return path
+
+
+@pytest.fixture
+def start(root: Path) -> Iterator[Start]:
+    """Starts incarnations; none outlives the test."""
+    processes: list[Process] = []
+
+    def begin(ray_attempt: int, *, tmpfile: bool = True) -> Process:
+        processes.append(process := Process(root, ray_attempt, tmpfile=tmpfile))
+        assert process.receive() == "ready"
+        return process
+
+    yield begin
+    for process in processes:
+        process.die()
+
+
+def contents(root: Path) -> dict[str, bytes]:
+    """Every record of every worker."""
+    store = LocalStore(str(root))
+    return {key: store.get(key) or b"" for key in store.list(f"{RUN}/")}
+
+
+def resumed(root: Path, ray_attempt: int, worker_id: str = W) -> list[int]:
+    """Whose batches a further attempt finds, or the outcome holds."""
+    _, answer = claim(LocalStore(str(root)), worker_id, ray_attempt)
+    assert isinstance(answer, (rules.Granted, rules.Finished)), answer
+    return trail_of(answer.snapshot if isinstance(answer, rules.Granted) else answer.record.snapshot)
+
+
+def assert_superseded(old: Process, way: str, worker_id: str = W) -> None:
+    """Whatever it tries, it is told that it has a successor, and believes no more to be durable than before."""
+    durable = old.ask("durable", worker_id)
+    answer = old.ask("last_words" if way in LAST_WORDS else "batch", worker_id, way)
+    if way in {"advance", "loop"}:  # the writer learns it first; the loop is told at its next boundary
+        assert answer == durable
+        answer = old.ask("batch", worker_id, way)
+    assert answer == SUPERSEDED
+    assert old.ask("durable", worker_id) == durable
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_thawed_attempt_changes_nothing(moment: str, root: Path, start: Start) -> None:
+    """Frozen in the middle of its loop, it thaws beside its replacement: every way to write is refused, and no record changes."""
+    ways = SAVES + LAST_WORDS  # each on a worker of its own
+    done = MOMENTS[moment]
+    old, new = start(0), start(1)
+    for way in ways:
+        assert old.ask("claim", way) == []
+        old.save(way, batches=3)
+    old.freeze()
+    for way in ways:
+        assert new.ask("claim", way) == [0, 0, 0]
+        new.save(way, batches=done)
+        if moment == "ended":
+            assert new.ask("last_words", way, "end") is None
+    if moment == "cleaned":
+        holders = [record for way in ways for record in Worker(LocalStore(str(root)), way).records() if record.snapshot is not None]
+        assert {record.owner.ray_attempt for record in holders} == {1}
+    before = contents(root)
+    old.thaw()
+    for way in ways:
+        assert_superseded(old, way, way)
+    assert contents(root) == before
+    if moment != "ended":
+        for way in ways:
+            new.save(way)
+        done += 1
+    new.die()
+    for way in ways:
+        assert resumed(root, 2, way) == [0, 0, 0] + [1] * done
+
+
+@pytest.mark.parametrize("way", SAVES)
+@pytest.mark.parametrize("batches", [0, 1, 3])
+def test_a_late_retention_deletes_only_what_is_superfluous(batches: int, way: str, root: Path, start: Start) -> None:
+    """Frozen between its durable save and its retention, it deletes when its replacement is far ahead."""
+    old, new = start(0), start(1)
+    assert old.ask("claim", W) == []
+    old.save(batches=2)
+    old.freeze_at("before_delete", "batch", W, way)
+    assert new.ask("claim", W) == [0, 0, 0]
+    new.save(batches=batches)
+    before = contents(root)
+    old.thaw()
+    assert old.receive() == 3  # it was durable before it had a successor
+    assert_superseded(old, way)
+    after = contents(root)
+    assert after.items() <= before.items()
+    assert {key.rpartition("/")[2] for key in before.keys() - after.keys()} <= {"000000002.json"}
+    new.die()
+    assert resumed(root, 2) == [0, 0, 0] + [1] * batches
+
+
+@pytest.mark.parametrize("way", ["wait", "advance"])
+@pytest.mark.parametrize("happened", ["created", "nothing"])
+@pytest.mark.parametrize("moment", ["alone", "claimed", "cleaned"])
+def test_a_lost_reply_is_resolved_after_the_thaw(moment: str, happened: str, way: str, root: Path, start: Start) -> None:
+    """The reply to a create is lost while the process is frozen: it counts only if it was created and is there, or nobody is above."""
+    old = start(0)
+    assert old.ask("claim", W) == []
+    old.save()
+    assert old.ask("unclear", happened) is None
+    old.send("batch", W, way)
+    old.wait_until_frozen()
+    base = [0, 0] if happened == "created" or moment == "alone" else [0]
+    done = 0
+    if moment != "alone":
+        new = start(1)
+        assert new.ask("claim", W) == base
+        new.save(batches=(done := 3 if moment == "cleaned" else 0))
+    before = contents(root)
+    old.thaw()
+    if moment == "alone" or (happened, moment) == ("created", "claimed"):
+        assert old.receive() == 2
+    else:
+        assert old.receive() == (SUPERSEDED if way == "wait" else 1)
+        assert old.ask("durable", W) == 1
+    if moment != "alone":
+        assert_superseded(old, way)
+        assert contents(root) == before
+    assert resumed(root, 2) == base + [1] * done
+
+
+@pytest.mark.parametrize("tmpfile", [True, False], ids=["tmpfile", "named"])
+@pytest.mark.parametrize("moment", ["claimed", "cleaned"])
+@pytest.mark.parametrize("step", ["before_link", "inside_link", "after_link", "before_dir_fsync"])
+@pytest.mark.parametrize("way", ["wait", "advance"])
+def test_frozen_at_a_step_of_its_save(way: str, step: str, moment: str, tmpfile: bool, root: Path, start: Start) -> None:
+    """A save that was linked in time is loaded by the replacement; one that was not never comes."""
+    old, new = start(0, tmpfile=tmpfile), start(1, tmpfile=tmpfile)
+    assert old.ask("claim", W) == []
+    old.save()
+    old.freeze_at(step, "batch", W, way)
+    base = [0] if step == "before_link" else [0, 0]
+    assert new.ask("claim", W) == base
+    new.save(batches=(done := 3 if moment == "cleaned" else 0))
+    before = contents(root)
+    old.thaw()
+    told = old.receive()
+    if step == "before_link" or (step, moment) == ("inside_link", "cleaned"):
+        assert told == (SUPERSEDED if way == "wait" else 1)
+        assert old.ask("durable", W) == 1
+    else:
+        assert told == 2
+    assert_superseded(old, way)
+    after = contents(root)
+    assert after == before or (moment == "claimed" and step != "before_link" and before.keys() - after.keys() == set())
+    new.save()
+    new.die()
+    assert resumed(root, 2) == base + [1] * (done + 1)
+
+
+def test_four_incarnations_never_go_back(root: Path, start: Start) -> None:
+    """1 and 2 are frozen; 1 thaws and saves; 3 resumes and dies; 2 thaws and saves; 4 resumes where 3 was."""
+    first, second, third, fourth = (start(attempt) for attempt in range(4))
+    assert first.ask("claim", W) == []
+    first.save()
+    first.freeze()
+    assert second.ask("claim", W) == [0]
+    second.freeze()
+    first.thaw()
+    assert_superseded(first, "wait")
+    assert third.ask("claim", W) == [0]
+    third.save()
+    third.die()
+    second.thaw()
+    assert_superseded(second, "wait")
+    assert fourth.ask("claim", W) == [0, 2]
+    fourth.save()
+    assert_superseded(first, "check")
+    assert_superseded(second, "check")
+    assert resumed(root, 4) == [0, 2, 3]
+
+
+@pytest.mark.parametrize("way", ["wait", "advance"])
+def test_four_incarnations_with_two_saves_under_way(way: str, root: Path, start: Start) -> None:
+    """The same, with 1 and 2 frozen where nothing but the link of their save is left to do."""
+    first, second, third, fourth = (start(attempt) for attempt in range(4))
+    assert first.ask("claim", W) == []
+    first.save()
+    first.freeze_at("before_link", "batch", W, way)
+    assert second.ask("claim", W) == [0]
+    second.freeze_at("before_link", "batch", W, way)
+    first.thaw()
+    assert first.receive() == (SUPERSEDED if way == "wait" else 1)
+    assert_superseded(first, way)
+    assert third.ask("claim", W) == [0]
+    third.save(batches=2)
+    third.die()
+    second.thaw()
+    assert second.receive() == (SUPERSEDED if way == "wait" else 1)
+    assert_superseded(second, way)
+    assert fourth.ask("claim", W) == [0, 2, 2]
+    fourth.die()
+    assert resumed(root, 4) == [0, 2, 2]
+
+
+@pytest.mark.parametrize("step", ["before_link", "inside_link", "after_link", "before_dir_fsync"])
+def test_four_incarnations_with_a_save_and_a_claim_under_way(step: str, root: Path, start: Start) -> None:
+    """1 is frozen in a save and 2 in its claim: either 1 saves, or 2 was first; 3 resumes there, 2 is refused, 4 goes on from 3."""
+    first, second, third, fourth = (start(attempt) for attempt in range(4))
+    assert first.ask("claim", W) == []
+    first.save()
+    first.freeze_at("before_link", "batch", W, "wait")
+    second.freeze_at(step, "claim", W)
+    first.thaw()
+    saved = step == "before_link"
+    assert first.receive() == (2 if saved else SUPERSEDED)
+    base = [0, 0] if saved else [0]
+    assert third.ask("claim", W) == base
+    third.save()
+    third.die()
+    before = contents(root)
+    second.thaw()
+    assert second.receive() == REFUSED
+    assert_superseded(first, "wait")
+    assert contents(root) == before
+    assert fourth.ask("claim", W) == [*base, 2]
+
+
+def sleep_then_claim(process: Process) -> None:
+    """Freeze before anything is read."""
+    process.freeze()
+    process.send("claim", W)
+
+
+def read_then_claim(process: Process) -> None:
+    """Freeze between the listing, which is empty, and the link of the claim."""
+    process.freeze_at("before_link", "claim", W)
+
+
+def sleep_then_open(process: Process) -> None:
+    """Freeze before anything is read, and claim as a decorated task does."""
+    process.freeze()
+    process.send("open_worker")
+
+
+def read_then_open(process: Process) -> None:
+    """Freeze between the listing and the link, and claim as a decorated task does."""
+    process.freeze_at("before_link", "open_worker")
+
+
+@pytest.mark.parametrize(
+    ("begin", "expected"),
+    [(sleep_then_claim, REFUSED), (read_then_claim, REFUSED), (sleep_then_open, SUPERSEDED), (read_then_open, SUPERSEDED)],
+)
+@pytest.mark.parametrize("batches", [0, 3])
+def test_an_attempt_that_comes_late_is_refused_at_birth(
+    begin: Callable[[Process], None], expected: str, batches: int, root: Path, start: Start
+) -> None:
+    """Frozen before its claim, it thaws when Ray's next attempt holds the worker."""
+    old, new = start(0), start(1)
+    begin(old)
+    assert new.ask("claim", W) == []
+    new.save(batches=batches)
+    before = contents(root)
+    old.thaw()
+    assert old.receive() == expected
+    assert contents(root) == before
+    new.save()
+    new.die()
+    assert resumed(root, 2) == [1] * (batches + 1)
