@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 ALPHAS = {"alpha-0.001": 0.001, "alpha-0.01": 0.01, "alpha-0.1": 0.1}  # one worker for each strength of regularisation
-EPOCHS = 20
+EPOCHS = 16
 BATCH = 32
 TRAIN = 1437  # digits to learn from; the other 360 are the test
 NOISE = 2.0  # added to pixels from 0 to 16, so that no epoch sees the same images

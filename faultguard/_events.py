@@ -2,6 +2,7 @@
 
 Nothing is configured globally. Under Ray's JSON logging the fields arrive as top-level keys. Names that a `LogRecord`
 has for itself (`name`, `args`, `process`, ...) are refused there with a KeyError inside the user's task, so they get a prefix.
+Ray writes ids of its own over `worker_id`, `node_id` and the like, so those have other names in an event.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ __all__ = ["LOGGER_NAME", "emit"]
 
 LOGGER_NAME = "faultguard"
 _RESERVED = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "exc_info", "stack_info", "stacklevel", "extra"}
+_STAMPED_BY_RAY = frozenset({"job_id", "worker_id", "node_id", "actor_id", "task_id", "actor_name", "task_name", "task_func_name"})
+_RENAMED = {"worker_id": "worker", "node_id": "node"}
 
 
 def emit(level: int, event: str, sentence: str, **fields: Any) -> None:
@@ -50,6 +53,12 @@ def _to_stdlib(_logger: object, _method: str, event: MutableMapping[str, Any]) -
     """The last processor: what the stdlib logger is called with."""
     sentence = event.pop("sentence")
     event.pop("level", None)
-    extra = {(f"fg_{key}" if key in _RESERVED else key): value for key, value in event.items()}
+    extra = {_name(key): value for key, value in event.items()}
     extra.setdefault("pid", os.getpid())
-    return ("faultguard: %s" % sentence.replace("%", "%%"),), {"extra": extra}  # noqa: UP031 - no args, so `%` stays
+    return (f"faultguard: {sentence}",), {"extra": extra}  # no arguments, so a `%` in the sentence stays what it is
+
+
+def _name(key: str) -> str:
+    """The name of a field on a `LogRecord`."""
+    key = _RENAMED.get(key, key)
+    return f"fg_{key}" if key in _RESERVED or key in _STAMPED_BY_RAY else key

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import builtins
 import traceback
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -123,17 +122,20 @@ class MaxFailuresExceeded(FaultguardError):  # noqa: N818 - the public name is f
 
     Attributes:
         failures: every recorded failure of this budget, oldest first.
-        last_exception: the final exception, when it was raised in the process that gave up; else None.
+        last_exception: the final exception, when it was raised in the process that gave up and survives pickling; else None.
         poison_batch: the batch at which the last failures in a row happened, or None.
 
     When `last_exception` is an ordinary exception whose class can be combined with this one, the error raised is an
-    instance of both, so that existing `except` clauses go on working.
+    instance of both and has its attributes, so that existing `except` clauses go on working.
     """
 
     worker_id: str
     failures: tuple[FailureRecord, ...]  # no defaults: Ray's error, which is of this class too, looks up what the class lacks
     last_exception: Exception | None
     poison_batch: int | None
+
+
+_TEXT = "_faultguard_text"  # in the `__dict__` of a combined error, beside what the user keeps there
 
 
 def _combined_init(self: MaxFailuresExceeded, message: str = "", **attributes: object) -> None:
@@ -144,7 +146,7 @@ def _combined_init(self: MaxFailuresExceeded, message: str = "", **attributes: o
 
 def _combined_str(self: MaxFailuresExceeded) -> str:
     """Our text, whatever the user's class makes of its own arguments."""
-    return str(self.__dict__["text"])
+    return str(self.__dict__[_TEXT])
 
 
 def _combined_reduce(self: MaxFailuresExceeded) -> tuple[Callable[..., MaxFailuresExceeded], tuple[Any, ...]]:
@@ -166,7 +168,7 @@ def _combine(user_class: type[Exception]) -> type[MaxFailuresExceeded] | None:
     }
     try:
         return type("MaxFailuresExceeded", (MaxFailuresExceeded, user_class), namespace)
-    except TypeError:
+    except Exception:  # noqa: BLE001 - layout, metaclass, `__init_subclass__`: a class may refuse in any way
         return None
 
 
@@ -180,11 +182,11 @@ def _make(user_class: type[Exception], message: str, attributes: dict[str, Any])
     if combined is not None:
         try:
             error = combined.__new__(combined, message)
-            _combined_init(error, message, **{**attributes, "text": message})
+            _combined_init(error, message, **{**attributes, _TEXT: message})
         except Exception:  # noqa: BLE001 - a user class may refuse anything; the plain error says the same
             return MaxFailuresExceeded(message, **attributes)
         return error
-    return MaxFailuresExceeded(message, **{k: v for k, v in attributes.items() if k != "text"})
+    return MaxFailuresExceeded(message, **{k: v for k, v in attributes.items() if k != _TEXT})
 
 
 def max_failures_exceeded(
@@ -212,10 +214,12 @@ def max_failures_exceeded(
         lines.append("")
         lines.append(_user_traceback(last_exception))
     message = "\n".join(lines)
+    travels = last_exception is not None and _travels(last_exception)
     attributes = {
+        **(vars(last_exception) if travels else {}),
         "worker_id": worker,
         "failures": tuple(failures),
-        "last_exception": last_exception,
+        "last_exception": last_exception if travels else None,
         "poison_batch": poison_batch,
     }
     if isinstance(last_exception, Exception):
@@ -223,14 +227,24 @@ def max_failures_exceeded(
     return MaxFailuresExceeded(message, **attributes)
 
 
+def _travels(error: Exception) -> bool:
+    """Whether an exception survives pickling; where it does not, it would take the error that carries it with it."""
+    import cloudpickle
+
+    try:
+        return isinstance(cloudpickle.loads(cloudpickle.dumps(error)), type(error))
+    except Exception:  # noqa: BLE001 - a lock inside, an `__init__` with two arguments, ...
+        return False
+
+
 def _user_traceback(error: Exception) -> str:
     """The traceback from the user's first frame on, without what was handled before."""
     frames = error.__traceback__
-    while frames is not None and frames.tb_next is not None and _is_ours(frames.tb_frame.f_code.co_filename):
+    while frames is not None and frames.tb_next is not None and _is_ours(frames.tb_frame.f_globals):
         frames = frames.tb_next
     return "".join(traceback.format_exception(type(error), error, frames, chain=error.__cause__ is not None)).rstrip()
 
 
-def _is_ours(filename: str) -> bool:
-    folders = set(Path(filename).parts[:-1])
-    return bool(folders & {"faultguard", "tenacity"}) or Path(filename).parts[-3:-1] == ("concurrent", "futures")
+def _is_ours(module: dict[str, Any]) -> bool:
+    """Whether a frame of the module with these globals stands between the user's code and the top."""
+    return str(module.get("__name__")).partition(".")[0] in {"faultguard", "tenacity", "concurrent"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -16,9 +17,9 @@ import ray
 import faultguard
 from faultguard._core.names import record_number
 from faultguard._core.records import decode_record
+from faultguard._manager import forget
 from faultguard._session import current_settings
 from faultguard._settings import PROTOCOL
-from faultguard._manager import forget
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -90,7 +91,7 @@ def manager_pid() -> int:
     while True:
         try:
             return int(ray.get(faultguard.manager().hello.remote(PROTOCOL, settings.store_id, settings.run), timeout=30)["pid"])
-        except ray.exceptions.ActorDiedError:  # the handle of one that was not to be restarted
+        except ray.exceptions.ActorDiedError:  # noqa: PERF203 - asking again is the point; the handle of one that was not to be restarted
             forget(settings)
         except ray.exceptions.ActorUnavailableError:
             time.sleep(0.05)
@@ -114,6 +115,7 @@ class DiesOnArrival:
         self.trace = trace
 
     def __reduce__(self) -> Any:
+        """Travel as a call."""
         return _arrive, (self.trace.path,)
 
 
@@ -141,9 +143,7 @@ def work(ckpt: faultguard.Checkpoint, n: int, trace: Trace, deaths: Mapping[int,
 def doomed(worker_id: str, trace: Trace, kinds: list[str], *, kill_manager: bool = False, extra: Any = None) -> int:
     """Does two batches in each attempt, which it waits for, and dies in the next one in the way that is its turn."""
     ckpt = faultguard.current()
-    drawn = 0
-    for batch in ckpt.batches(range(1000)):
-        drawn += 1
+    for drawn, batch in enumerate(ckpt.batches(range(1000)), start=1):  # of this attempt
         trace.note("batch", worker_id, attempt=ckpt.attempt, batch=batch)
         if drawn > 2:
             kind = kinds[min(ckpt.attempt, len(kinds)) - 1]
@@ -194,11 +194,9 @@ def our_threads() -> list[str]:
 def open_files() -> dict[int, str]:
     """What the file descriptors of this process lead to."""
     found = {}
-    for fd in os.listdir("/proc/self/fd"):
-        try:
-            found[int(fd)] = os.readlink(f"/proc/self/fd/{fd}")
-        except OSError:  # the one that listed them
-            continue
+    for link in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(OSError):  # the one that lists them
+            found[int(link.name)] = str(link.readlink())
     return found
 
 

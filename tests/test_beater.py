@@ -14,10 +14,10 @@ import ray
 
 import faultguard
 from faultguard import _beater, _events
+from faultguard._manager import find, forget
 from faultguard._session import current_settings
 from faultguard._settings import Settings
 from faultguard.errors import ManagerUnavailableError
-from faultguard._manager import find, forget
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -24,6 +24,7 @@ import faultguard
 from faultguard import RecoveryManager, WorkerState, _watch
 from faultguard._core.records import Ended, Mark, Outcome, Owner, Record, Snapshot
 from faultguard._log import StoredLog
+from faultguard._manager import find, find_or_make, forget, manager_name
 from faultguard._registry import Registry, batch_of
 from faultguard._session import current_settings
 from faultguard._settings import PROTOCOL, Settings
@@ -37,7 +38,6 @@ from faultguard.errors import (
     SupersededError,
     UsageError,
 )
-from faultguard._manager import find, find_or_make, forget, manager_name
 from faultguard.storage import open_store, store_id
 
 if TYPE_CHECKING:

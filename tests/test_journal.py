@@ -1,0 +1,437 @@
+"""The journal of an attempt: the newest snapshot gets to the store, whatever the store does, and never over a successor."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, TYPE_CHECKING
+
+import pytest
+
+from faultguard import _journal, _sidecar
+from faultguard._core.records import Ended, FailureRecord, Outcome
+from faultguard.errors import AmbiguousReplyError, CheckpointStoreError, SupersededError
+from faultguard.storage import Store, open_store
+from tests.attempts import Attempt, Worker, write_inline
+
+if TYPE_CHECKING:
+    import builtins
+    from collections.abc import Callable, Iterator
+
+REPOSITORY = Path(__file__).parents[1]
+BOUND_S = 20.0
+THREAD = "faultguard-writer"
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    """A store on the local disk."""
+    return open_store(str(tmp_path))
+
+
+@pytest.fixture
+def inline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is due is written on the thread of the loop."""
+    write_inline(monkeypatch)
+
+
+class Flaky:
+    """A store that fails as it is told to."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self.url = store.url
+        self.creates = 0
+        self.broken = False
+        self.mute = False  # creates take place, and nothing is answered
+        self.deletes = True
+        self.gate: threading.Event | None = None  # creates wait for it
+        self.waiting = threading.Event()
+
+    def create(self, key: str, data: bytes) -> bool:
+        """See `Store.create`."""
+        self.creates += 1
+        if self.gate is not None:
+            self.waiting.set()
+            assert self.gate.wait(BOUND_S)
+        self._answer()
+        created = self._store.create(key, data)
+        if self.mute:
+            self.broken = True
+            raise AmbiguousReplyError("no answer")
+        return created
+
+    def get(self, key: str) -> bytes | None:
+        """See `Store.get`."""
+        self._answer()
+        return self._store.get(key)
+
+    def list(self, prefix: str, start_after: str = "") -> builtins.list[str]:
+        """See `Store.list`."""
+        self._answer()
+        return self._store.list(prefix, start_after)
+
+    def delete(self, key: str) -> None:
+        """See `Store.delete`."""
+        if not self.deletes:
+            raise CheckpointStoreError("deletes are refused")
+        self._store.delete(key)
+
+    def _answer(self) -> None:
+        if self.broken:
+            raise CheckpointStoreError("the disk is full")
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    """Wait for a condition, not for ever."""
+    deadline = time.monotonic() + BOUND_S
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.002)
+
+
+def batch_of(worker: Worker) -> int:
+    """Batches done in the newest record that holds a state."""
+    return [record.snapshot.batch for record in worker.records() if record.snapshot is not None][-1]
+
+
+def advance(attempt: Attempt, n: int = 1) -> None:
+    """Do batches, each of which is durable."""
+    for _ in range(n):
+        attempt.ckpt.advance(wait=True)
+
+
+# --- retention ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("keep", [2, 3, 7])
+def test_retention_keeps_the_newest(store: Store, keep: int) -> None:
+    """Of the saves the newest `keep` stay, of the claims all."""
+    worker = Worker(store)
+    advance(worker.attempt(keep=keep), 10)
+    advance(worker.attempt(keep=keep), 1)
+    advance(worker.attempt(keep=keep), 1)
+    kinds = [record.kind for record in worker.records()]
+    assert kinds.count("save") == keep
+    assert kinds.count("claim") == 3
+    assert batch_of(worker) == 12
+
+
+def test_retention_counts_a_state_in_a_claim(store: Store) -> None:
+    """A retry's claim with a state is as good as a save, and never deleted."""
+    worker = Worker(store)
+    attempt = worker.attempt(keep=2)
+    for _ in range(4):
+        advance(attempt, 3)
+        attempt.fail()
+        attempt = worker.retry(attempt, keep=2)
+    advance(attempt)
+    assert [record.kind for record in worker.records()] == ["claim"] * 5 + ["save"]
+    assert batch_of(worker) == 13
+
+
+def test_a_delete_that_fails_costs_nothing(store: Store, caplog: pytest.LogCaptureFixture) -> None:
+    """The save is durable; a warning says what could not be deleted, and the next save deletes it."""
+    flaky = Flaky(store)
+    worker = Worker(flaky)
+    attempt = worker.attempt(keep=2)
+    advance(attempt, 2)
+    flaky.deletes = False
+    advance(attempt, 2)
+    assert "old checkpoints could not be deleted: deletes are refused" in caplog.text
+    assert batch_of(worker) == 4
+    flaky.deletes = True
+    advance(attempt)
+    assert [record.kind for record in worker.records()] == ["claim", "save", "save"]
+
+
+# --- a store that fails ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("inline")
+def test_a_store_that_fails_for_a_while_is_lived_through(store: Store, caplog: pytest.LogCaptureFixture) -> None:
+    """One warning, the loop goes on, and when the store is back the newest snapshot is saved."""
+    flaky = Flaky(store)
+    worker = Worker(flaky)
+    attempt = worker.attempt()
+    batches = attempt.ckpt.batches(range(100))
+    next(batches)
+    next(batches)
+    flaky.broken = True
+    for _ in range(20):
+        next(batches)
+    attempt.journal.write_due(time.monotonic() + 10)
+    assert len(caplog.records) == 1
+    assert caplog.records[0].event == "faultguard.store_failed"  # type: ignore[attr-defined] # a field
+    assert "'task/w0' cannot save: the disk is full. It tries again, and ends the loop after 60 s." in caplog.text
+    flaky.broken = False
+    assert attempt.ckpt.durable_batch == 1
+    attempt.journal.write_due(time.monotonic() + 20)
+    assert attempt.ckpt.durable_batch == 21
+    next(batches)
+    assert attempt.ckpt.durable_batch == 22
+    assert len(caplog.records) == 1
+
+
+@pytest.mark.usefixtures("inline")
+def test_a_store_that_fails_is_not_asked_at_every_boundary(store: Store) -> None:
+    """A failed write is tried again after a second, not with every batch."""
+    flaky = Flaky(store)
+    attempt = Worker(flaky).attempt()
+    flaky.broken = True
+    before = flaky.creates
+    for _ in attempt.ckpt.batches(range(50)):
+        pass
+    assert flaky.creates == before + 1
+
+
+@pytest.mark.usefixtures("inline")
+def test_patience_with_a_store_ends(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A loop whose checkpoints cannot be saved for too long is told at its next boundary (G7)."""
+    flaky = Flaky(store)
+    attempt = Worker(flaky).attempt()
+    batches = attempt.ckpt.batches(range(100))
+    next(batches)
+    flaky.broken = True
+    next(batches)
+    next(batches)
+    monkeypatch.setattr(_journal, "STORE_PATIENCE_S", -1.0)
+    with pytest.raises(CheckpointStoreError, match="the disk is full"):
+        next(batches)
+
+
+def test_an_unanswered_save_is_no_successor(store: Store) -> None:
+    """A record of one's own whose create got no answer is taken over later, and is not mistaken for somebody else's (G6)."""
+    flaky = Flaky(store)
+    worker = Worker(flaky)
+    attempt = worker.attempt()
+    advance(attempt)
+    flaky.mute = True
+    with pytest.raises(CheckpointStoreError):
+        advance(attempt)
+    flaky.mute = flaky.broken = False
+    attempt.ckpt.check()
+    advance(attempt)
+    assert attempt.ckpt.durable_batch == batch_of(worker) == 3
+    worker.attempt()
+    with pytest.raises(SupersededError):
+        attempt.ckpt.check()
+
+
+@pytest.mark.usefixtures("inline")
+def test_an_unanswered_end_is_the_end(store: Store) -> None:
+    """An outcome whose create got no answer can be recorded again; it stands in the log once."""
+    flaky = Flaky(store)
+    worker = Worker(flaky)
+    attempt = worker.attempt()
+    advance(attempt)
+    snapshot = attempt.ckpt.finish()
+    flaky.mute = True
+    with pytest.raises(CheckpointStoreError):
+        attempt.journal.end(Outcome("completed"), snapshot)
+    flaky.mute = flaky.broken = False
+    attempt.journal.end(Outcome("completed"), snapshot)
+    assert [record.kind for record in worker.records()] == ["claim", "save", "end"]
+
+
+# --- superseded -----------------------------------------------------------------------------------------------------
+
+
+def test_a_successor_fences_every_kind_of_record(store: Store) -> None:
+    """After a later claim nothing of an earlier attempt gets into the log: no save, no retry, no leave, no end (G3)."""
+    writes: list[Callable[[Attempt], None]] = [
+        advance,
+        lambda attempt: attempt.journal.retry(FailureRecord("exception", 1, 0)),
+        lambda attempt: attempt.journal.leave(Ended("terminated", charged=False)),
+        lambda attempt: attempt.journal.end(Outcome("completed")),
+    ]
+    for number, write in enumerate(writes):
+        worker = Worker(store, f"w{number}")
+        old = worker.attempt()
+        advance(old, 2)
+        worker.attempt()
+        with pytest.raises(SupersededError) as caught:
+            write(old)
+        assert (caught.value.worker_id, caught.value.token) == (f"w{number}", 1)
+        assert [record.kind for record in worker.records()] == ["claim", "save", "save", "claim"]
+
+
+def test_four_incarnations_never_go_back(store: Store) -> None:
+    """Old attempts that thaw one after another change nothing of what the newest loads (G2, G3)."""
+    worker = Worker(store)
+    first = worker.attempt()
+    second = worker.attempt()
+    with pytest.raises(SupersededError):
+        advance(first)
+    advance(third := worker.attempt(), 5)
+    with pytest.raises(SupersededError):
+        advance(second)
+    fourth = worker.attempt(keep=2)
+    with pytest.raises(SupersededError):
+        advance(third)
+    assert fourth.ckpt.current_batch == 5
+    advance(fourth, 5)
+    for old in (first, second, third):
+        with pytest.raises(SupersededError):
+            advance(old)
+    assert worker.attempt().ckpt.current_batch == 10
+
+
+CHILD = """
+import sys
+from faultguard.errors import SupersededError
+from faultguard.storage import open_store
+from tests.attempts import Worker
+
+store = open_store(sys.argv[1], create=False)
+attempts = {}
+for name in sys.argv[2:]:
+    worker = Worker(store, name)
+    worker.task_id = "the task"
+    attempts[name] = worker.attempt()
+    attempts[name].ckpt.advance(2, wait=True)
+print("ready", flush=True)
+for line in sys.stdin:
+    try:
+        attempts[line.strip()].ckpt.advance(wait=True)
+    except SupersededError as error:
+        print(f"{type(error).__name__} {error.worker_id}", flush=True)
+    else:
+        print("durable", flush=True)
+"""
+
+
+def successor_of_the_child(store: Store, name: str) -> Attempt:
+    """Ray's next attempt of the task whose first one is in the other process."""
+    worker = Worker(store, name)
+    worker.task_id = "the task"
+    worker.ray_attempt = 0
+    return worker.attempt(keep=2)
+
+
+@contextmanager
+def stopped(process: subprocess.Popen[str]) -> Iterator[None]:
+    """Freeze a process."""
+    process.send_signal(signal.SIGSTOP)
+    os.waitid(os.P_PID, process.pid, os.WSTOPPED)
+    try:
+        yield
+    finally:
+        process.send_signal(signal.SIGCONT)
+
+
+def test_a_frozen_process_that_thaws_is_superseded(store: Store, tmp_path: Path) -> None:
+    """Two processes hold one worker: the next save of the old one raises, before its successor has saved, after, and after retention."""
+    names = ["before", "after", "after retention", "alone"]
+    with subprocess.Popen(
+        [sys.executable, "-c", CHILD, str(tmp_path), *names], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=REPOSITORY
+    ) as child:
+        assert child.stdin is not None
+        assert child.stdout is not None
+        assert child.stdout.readline() == "ready\n"
+        with stopped(child):
+            successors = {name: successor_of_the_child(store, name) for name in names[:3]}
+            advance(successors["after"])
+            advance(successors["after retention"], 10)
+        answers = [ask(child.stdin, child.stdout, name) for name in names]
+        child.stdin.close()
+        assert child.wait(BOUND_S) == 0
+    assert answers == [*(f"SupersededError {name}\n" for name in names[:3]), "durable\n"]
+    assert [batch_of(Worker(store, name)) for name in names] == [2, 3, 12, 3]
+
+
+def ask(stdin: IO[str], stdout: IO[str], name: str) -> str:
+    """Let the child save."""
+    stdin.write(name + "\n")
+    stdin.flush()
+    return stdout.readline()
+
+
+# --- the thread -----------------------------------------------------------------------------------------------------
+
+
+def is_running() -> bool:
+    """Whether this process has a writer thread."""
+    return any(thread.name == THREAD for thread in threading.enumerate())
+
+
+@pytest.fixture
+def short_park(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Park for a moment only."""
+    monkeypatch.setattr(_sidecar, "PARK_S", 0.05)
+
+
+@pytest.mark.usefixtures("short_park")
+def test_the_thread_writes_beside_the_loop_and_goes(store: Store) -> None:
+    """What is offered gets to the store without the loop, on a thread that is gone when the last worker is."""
+    worker = Worker(store)
+    attempt = worker.attempt()
+    for _ in attempt.ckpt.batches(range(5)):
+        pass
+    wait_until(lambda: attempt.ckpt.durable_batch == 5)
+    assert is_running()
+    attempt.complete()
+    wait_until(lambda: not is_running())
+    assert worker.records()[-1].kind == "end"
+
+
+@pytest.mark.usefixtures("short_park")
+def test_no_save_comes_after_the_end(store: Store) -> None:
+    """An outcome waits for the save that is under way, and excludes the one that is pending behind it."""
+    flaky = Flaky(store)
+    worker = Worker(flaky)
+    attempt = worker.attempt()
+    flaky.gate = threading.Event()
+    batches = attempt.ckpt.batches(range(9))
+    next(batches)
+    next(batches)
+    assert flaky.waiting.wait(BOUND_S)
+    next(batches)  # offers a snapshot behind the one that is being written
+    ending = threading.Thread(target=lambda: attempt.journal.end(Outcome("completed"), attempt.ckpt.finish()))
+    ending.start()
+    flaky.gate.set()
+    ending.join(BOUND_S)
+    attempt.journal.write_due(math.inf)
+    attempt.die()
+    wait_until(lambda: not is_running())
+    records = worker.records()
+    assert records[-1].kind == "end"
+    assert [record.kind for record in records].count("end") == 1
+
+
+@pytest.mark.usefixtures("short_park")
+def test_the_loop_hears_at_its_next_boundary_what_the_thread_has_learned(store: Store) -> None:
+    """A successor that only the writer has met stops the loop at a boundary, without a call of the user."""
+    worker = Worker(store)
+    attempt = worker.attempt()
+    batches = attempt.ckpt.batches(range(10**6))
+    next(batches)
+    worker.attempt()
+    next(batches)
+    wait_until(lambda: attempt.journal.superseded)
+    with pytest.raises(SupersededError):
+        next(batches)
+    attempt.die()
+    wait_until(lambda: not is_running())
+
+
+@pytest.mark.usefixtures("short_park")
+def test_the_thread_serves_the_others_when_one_store_fails(store: Store, caplog: pytest.LogCaptureFixture) -> None:
+    """One worker's broken store keeps no other worker from being saved."""
+    flaky = Flaky(store)
+    broken, sound = Worker(flaky, "broken").attempt(), Worker(store, "sound").attempt()
+    flaky.broken = True
+    broken.ckpt.advance()
+    sound.ckpt.advance()
+    wait_until(lambda: sound.ckpt.durable_batch == 1 and len(caplog.records) == 1)
+    assert "'task/broken' cannot save" in caplog.text
+    broken.die()
+    sound.die()
+    wait_until(lambda: not is_running())

@@ -1,0 +1,139 @@
+"""Which exceptions are retried, and after which wait."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from faultguard import errors
+from faultguard.errors import CheckpointStoreError, FaultguardError, StalledError, UsageError
+from faultguard.policy import Backoff, check_matcher, verdict
+
+if TYPE_CHECKING:
+    from faultguard.policy import Matcher
+
+OURS = [getattr(errors, name) for name in errors.__all__]
+RETRIED_OF_OURS = [kind for kind in OURS if issubclass(kind, (StalledError, CheckpointStoreError))]
+FINAL_OF_OURS = [kind for kind in OURS if kind not in RETRIED_OF_OURS]
+
+
+class Picky:
+    """A predicate that is an object."""
+
+    def __call__(self, error: BaseException) -> bool:
+        """Only keys are tried again."""
+        return isinstance(error, KeyError)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"initial": 0}, {"factor": 1}, {"maximum": 0}, {"jitter": False}, {"initial": 0.25, "factor": 2.5, "maximum": 1e6}],
+)
+def test_backoff_takes_values_at_the_edge(options: dict[str, Any]) -> None:
+    """The smallest allowed values are allowed, and kept as they are."""
+    backoff = Backoff(**options)
+    assert {name: getattr(backoff, name) for name in options} == options
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "least"),
+    [
+        ("initial", -0.1, 0),
+        ("initial", True, 0),
+        ("initial", "1", 0),
+        ("initial", None, 0),
+        ("initial", float("nan"), 0),
+        ("initial", float("inf"), 0),
+        ("initial", timedelta(seconds=1), 0),
+        ("factor", 0.99, 1),
+        ("factor", float("inf"), 1),
+        ("maximum", -1, 0),
+        ("maximum", float("inf"), 0),
+        ("maximum", float("nan"), 0),
+    ],
+)
+def test_backoff_refuses_what_is_out_of_range(name: str, value: object, least: int) -> None:
+    """A wait that is no finite number of its range is refused, with the value and the range."""
+    with pytest.raises(UsageError) as refused:
+        Backoff(**{name: value})  # type: ignore[arg-type]
+    assert str(refused.value) == f"Backoff({name}={value!r}) is refused; it takes a number, at least {least}"
+
+
+@pytest.mark.parametrize("value", [1, 0, None, "full"])
+def test_backoff_refuses_a_jitter_that_is_no_bool(value: Any) -> None:
+    """Jitter is on or off."""
+    with pytest.raises(UsageError) as refused:
+        Backoff(jitter=value)
+    assert str(refused.value) == f"Backoff(jitter={value!r}) is refused; it takes True or False"
+
+
+@pytest.mark.parametrize("matcher", [ValueError, Exception, (), (ValueError, OSError), lambda _: True, Picky(), isinstance])
+def test_a_matcher_is_a_type_a_tuple_or_a_predicate(matcher: Any) -> None:
+    """Every documented kind of matcher passes, unchanged."""
+    assert check_matcher("retry_on", matcher) is matcher
+
+
+@pytest.mark.parametrize(
+    "matcher", [None, "ValueError", 1, int, BaseException, KeyboardInterrupt, (ValueError, "x"), (ValueError, SystemExit), [ValueError]]
+)
+@pytest.mark.parametrize("name", ["retry_on", "give_up_on"])
+def test_a_matcher_is_nothing_else(name: str, matcher: Any) -> None:
+    """Anything else is refused; so is catching the end of the process."""
+    with pytest.raises(UsageError) as refused:
+        check_matcher(name, matcher)
+    assert str(refused.value).startswith(f"{name}={matcher!r} is refused; it takes an exception type, a tuple of them, or a predicate")
+
+
+@pytest.mark.parametrize(
+    ("error", "retry_on", "give_up_on", "expected"),
+    [
+        (ValueError(), Exception, (), True),
+        (ValueError(), (), (), False),
+        (ValueError(), OSError, (), False),
+        (FileNotFoundError(), OSError, (), True),
+        (FileNotFoundError(), OSError, FileNotFoundError, False),
+        (FileNotFoundError(), (KeyError, OSError), (ValueError,), True),
+        (KeyError(), Picky(), (), True),
+        (ValueError(), Picky(), (), False),
+        (KeyError(), Exception, Picky(), False),
+        (ValueError(), Exception, Picky(), True),
+    ],
+)
+def test_verdict_asks_both_matchers(error: Exception, retry_on: Matcher, give_up_on: Matcher, expected: bool) -> None:
+    """Retried is what `retry_on` names and `give_up_on` does not."""
+    assert verdict(error, retry_on, give_up_on) is expected
+
+
+@pytest.mark.parametrize("wait", [timedelta(seconds=30), timedelta(0)])
+def test_a_predicate_may_say_the_wait(wait: timedelta) -> None:
+    """A timedelta means: again, after that time; also when it is zero, which is false as a bool."""
+    answer = verdict(ValueError(), lambda _: wait, ())
+    assert answer == wait
+    assert answer is not False
+
+
+@pytest.mark.parametrize(("answer", "expected"), [(1, True), ("yes", True), (0, False), (None, False)])
+def test_other_answers_of_a_predicate_are_bools(answer: Any, expected: bool) -> None:
+    """A predicate that forgets to return is one that says no."""
+    assert verdict(ValueError(), lambda _: answer, ()) is expected
+
+
+@pytest.mark.parametrize("kind", FINAL_OF_OURS)
+@pytest.mark.parametrize("retry_on", [Exception, FaultguardError, lambda _: True], ids=["Exception", "FaultguardError", "predicate"])
+def test_our_own_errors_are_final(kind: type[FaultguardError], retry_on: Matcher) -> None:
+    """What would come again, or belongs to another attempt, is not retried even on demand."""
+    assert verdict(kind("x"), retry_on, ()) is False
+
+
+@pytest.mark.parametrize("kind", RETRIED_OF_OURS)
+def test_trouble_of_the_world_is_retried(kind: type[FaultguardError]) -> None:
+    """A stall or a store that fails for a while is tried again, unless told not to."""
+    assert verdict(kind("x"), Exception, ()) is True
+    assert verdict(kind("x"), Exception, kind) is False
+
+
+def test_the_two_kinds_that_are_retried() -> None:
+    """Nothing becomes retryable by accident."""
+    assert {kind.__name__ for kind in RETRIED_OF_OURS} == {"StalledError", "CheckpointStoreError", "AmbiguousReplyError"}
