@@ -37,11 +37,11 @@ def tracker(name: str, source: Any) -> Tracked:
         return Tracked(source, source.getstate, source.setstate)
     if isinstance(source, tuple) and len(source) == _PAIR and all(callable(part) for part in source):
         return Tracked(source, *source)
-    if _is_from(source, "numpy") and hasattr(source, "bit_generator"):
-        bits = source.bit_generator
-        return Tracked(source, lambda: bits.state, lambda state: setattr(bits, "state", state))
     if _is_from(source, "numpy") and hasattr(source, "get_state") and hasattr(source, "set_state"):
         return Tracked(source, source.get_state, source.set_state)
+    if _is_from(source, "numpy") and hasattr(source, "bit_generator"):  # the module numpy.random has one, too: it is a submodule
+        bits = source.bit_generator
+        return Tracked(source, lambda: bits.state, lambda state: setattr(bits, "state", state))
     if _is_from(source, "torch") and hasattr(source, "get_state") and hasattr(source, "set_state"):
         return Tracked(source, lambda: source.get_state().numpy(), lambda state: source.set_state(_tensor(state)))
     msg = (

@@ -54,6 +54,7 @@ class Final(Exception):  # noqa: N818
     """Refuses subclasses."""
 
     def __init_subclass__(cls, **kwargs: object) -> None:
+        """No."""
         raise RuntimeError("final")
 
 
@@ -61,6 +62,7 @@ class Refusing(Exception):  # noqa: N818
     """Refuses to be made from a text."""
 
     def __new__(cls, *args: object) -> Refusing:  # noqa: PYI034 - as it is
+        """From a number only."""
         if args and not isinstance(args[0], int):
             raise TypeError("a number, please")
         return super().__new__(cls, *args)
@@ -83,17 +85,26 @@ class ApiError(Exception):
         self.text = text
 
 
-def raised(error: Exception) -> Exception:
+def fail(error: Exception, cause: Exception | None = None) -> None:
+    """Raise it; with `cause`, from that."""
+    if cause is not None:
+        raise error from cause
+    raise error
+
+
+def raised(error: Exception, cause: Exception | None = None) -> Exception:
     """The exception with a traceback."""
     try:
-        raise error
+        fail(error, cause)
     except Exception as caught:  # noqa: BLE001 - given back
         return caught
+    raise AssertionError(error)
 
 
-def exceeded(error: Exception | None, **more: Any) -> MaxFailuresExceeded:
+def exceeded(error: Exception | None, *, poison_batch: int | None = None) -> Any:
     """The error that ends a worker whose last failure is `error`."""
-    return max_failures_exceeded("w7", FAILURES, max_failures=1, last_exception=raised(error) if error else None, **more)
+    last = raised(error) if error is not None and error.__traceback__ is None else error
+    return max_failures_exceeded("w7", FAILURES, max_failures=1, last_exception=last, poison_batch=poison_batch)
 
 
 def test_every_error_is_under_one_base() -> None:
@@ -126,9 +137,9 @@ class OwnError(UsageError):
 
 def test_a_cause_that_is_both_stays_both() -> None:
     """An error of ours that is a TypeError as well is one after pickling."""
-    found = pickle.loads(pickle.dumps(errors.CheckpointNotSerializableError("state['x'] cannot", path="state['x']")))
-    assert isinstance(found, TypeError)
+    found: Any = pickle.loads(pickle.dumps(errors.CheckpointNotSerializableError("state['x'] cannot", path="state['x']")))
     assert found.path == "state['x']"
+    assert isinstance(found, TypeError)
 
 
 # --- MaxFailuresExceeded --------------------------------------------------------------------------------------------
@@ -176,10 +187,10 @@ def test_it_is_plain_where_the_classes_do_not_combine(error: Exception) -> None:
 def test_a_group_stays_a_group() -> None:
     """An exception group has another layout: the error is plain, the group is its last exception."""
     group = vars(builtins)["ExceptionGroup"]("several", [ValueError("a"), OSError("b")])
-    found = pickle.loads(pickle.dumps(exceeded(group)))
-    assert type(found) is MaxFailuresExceeded
+    found: Any = pickle.loads(pickle.dumps(exceeded(group)))
     assert [type(error) for error in found.last_exception.exceptions] == [ValueError, OSError]
     assert "ValueError: a" in str(found)
+    assert type(found) is MaxFailuresExceeded
 
 
 def test_without_a_last_exception_it_is_plain() -> None:
@@ -215,7 +226,7 @@ def test_the_text_ends_with_the_traceback(error: Exception) -> None:
     """`__cause__` does not survive `ray.get`, so the text has the user's frames, and ends with the exception itself."""
     lines = str(exceeded(error)).splitlines()
     assert "Traceback (most recent call last):" in lines
-    assert any(line.strip().startswith(f'File "{__file__}"') and line.endswith("in raised") for line in lines)
+    assert any(line.strip().startswith(f'File "{__file__}"') and line.endswith("in fail") for line in lines)
     last = f"{type(error).__module__}.{type(error).__qualname__}".removeprefix("builtins.")
     assert lines[-1].startswith(last)
 
@@ -239,28 +250,20 @@ def test_the_traceback_begins_with_the_users_frame() -> None:
 def test_what_was_handled_before_is_not_in_the_text() -> None:
     """An exception raised while another one was handled comes without that one; a cause is shown."""
     try:
-        try:
-            raise KeyError("before")
-        except KeyError:
-            raise ValueError("after")  # noqa: B904 - on purpose
-    except ValueError as error:
-        text = str(max_failures_exceeded("w7", FAILURES, max_failures=1, last_exception=error))
-    assert "before" not in text
-    try:
-        try:
-            raise KeyError("the cause")
-        except KeyError as cause:
-            raise ValueError("after") from cause
-    except ValueError as error:
-        text = str(max_failures_exceeded("w7", FAILURES, max_failures=1, last_exception=error))
-    assert "the cause" in text
+        fail(KeyError("an earlier one"))
+    except KeyError:
+        error = raised(ValueError("the last one"))
+    assert isinstance(error.__context__, KeyError)
+    assert "an earlier one" not in str(exceeded(error))
+    assert "the cause" in str(exceeded(raised(ValueError("the last one"), KeyError("the cause"))))
 
 
 @pytest.mark.parametrize("error", [*COMBINING, *PLAIN], ids=lambda error: type(error).__name__)
 def test_it_gets_through_ray(error: Exception) -> None:
     """What `ray.get` raises is a task error, ours and the user's at once, with the failures and the text."""
-    sent = ray.exceptions.RayTaskError("train", "the traceback of Ray", exceeded(error, poison_batch=3))
-    arrived = ray.exceptions.RayError.from_bytes(sent.to_bytes()).as_instanceof_cause()
+    exceptions: Any = ray.exceptions
+    sent = exceptions.RayTaskError("train", "the traceback of Ray", exceeded(error, poison_batch=3))
+    arrived = exceptions.RayError.from_bytes(sent.to_bytes()).as_instanceof_cause()
     assert isinstance(arrived, ray.exceptions.RayTaskError)
     assert isinstance(arrived, MaxFailuresExceeded)
     if error in COMBINING:

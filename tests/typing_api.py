@@ -62,7 +62,7 @@ def options_keep_the_signature() -> None:
     named.remote("a", None)  # type: ignore[arg-type]
     named.remote("a")  # type: ignore[call-arg]
     configured.options(worker_id=7)  # type: ignore[arg-type]
-    configured.options("w0")  # type: ignore[misc]
+    configured.options("w0")  # type: ignore[call-arg]
 
 
 def a_direct_call_gives_the_value() -> None:

@@ -1,0 +1,205 @@
+"""What a driver leaves behind and says, what a worker process keeps, and what a record may not do."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import pytest
+import ray
+
+import faultguard
+from faultguard._core.records import Record, decode_record, encode_record
+from tests.tasks import NOWAIT, open_files, our_threads, records, wait_until
+
+if TYPE_CHECKING:
+    from faultguard import Run
+
+pytestmark = pytest.mark.ray
+
+DRIVER = """
+import logging, os, signal, sys
+import ray, faultguard
+{setup}
+ray.init(address="local", _temp_dir=sys.argv[1], num_cpus=2, include_dashboard=False{options})
+
+@faultguard.recoverable(max_failures=1, backoff=faultguard.Backoff(initial=0))
+@ray.remote
+def work(worker_id, die):
+    ckpt = faultguard.current()
+    for batch in ckpt.batches(range(6)):
+        if batch == 4 and (die == "always" or (die == "once" and ckpt.attempt == 1)):
+            raise ConnectionError("reset")
+        ckpt.advance(wait=True)
+    return ckpt.attempt
+
+{body}
+"""
+GOOD_AND_BAD = """
+print(faultguard.get([work.remote("a", "never"), work.remote("b", "once")]))
+try:
+    faultguard.get(work.remote("c", "always"))
+except ConnectionError as error:
+    print(len(error.failures))
+"""
+
+
+def drive(
+    tmp_path: Path, ray_temp_dir: str, body: str, *, setup: str = "", options: str = "", code: int = 0
+) -> subprocess.CompletedProcess[str]:
+    """Run a driver of its own to its end."""
+    script = tmp_path / "driver.py"
+    script.write_text(DRIVER.format(setup=setup, options=options, body=body), encoding="utf-8")
+    command = [sys.executable, str(script), ray_temp_dir]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=150, check=False, cwd=tmp_path)
+    assert done.returncode == code, done.stdout + done.stderr
+    return done
+
+
+def test_a_driver_that_ends_well(tmp_path: Path, ray_temp_dir: str) -> None:
+    """Checkpoints of what completed go, records stay, what failed is kept with its path; the terminal says just that."""
+    done = drive(tmp_path, ray_temp_dir, GOOD_AND_BAD)
+    checkpoints = tmp_path / "checkpoints"
+    assert "[1, 2]\n" in done.stdout
+    assert "2\n" in done.stdout
+    ours = [line for line in done.stderr.splitlines() if line.startswith("faultguard: ")]
+    name = ours[0].split("'")[1]
+    assert ours == [
+        f"faultguard: run '{name}' starts. Store {checkpoints}.",
+        f"faultguard: run '{name}' ended: 2 completed, 1 failures survived, 1 not completed.",
+        f"faultguard: kept {checkpoints}/{name}/work/c",
+    ]
+    assert [path.name for path in (checkpoints / name / "work").iterdir()] == ["c"]
+    (kept,) = (checkpoints / "runs").iterdir()
+    workers = {worker["worker_id"]: worker for worker in json.loads(kept.read_text("utf-8"))["workers"]}
+    assert {worker: fields["status"] for worker, fields in workers.items()} == {"a": "completed", "b": "completed", "c": "failed"}
+    assert workers["b"]["failures"][0]["message"] == "ConnectionError('reset')"
+
+
+def test_one_warning_per_failure_and_resume(tmp_path: Path, ray_temp_dir: str) -> None:
+    """A worker that failed once makes one line on the driver's terminal, ids first, and no other."""
+    done = drive(tmp_path, ray_temp_dir, 'faultguard.get(work.remote("b", "once"))')
+    warnings = [line for line in (done.stdout + done.stderr).splitlines() if "faultguard: 'work/" in line]
+    assert len(warnings) == 1
+    assert "'work/b' attempt 2 of 2 resumes at batch 4 of 6: attempt 1 failed there" in warnings[0]
+    assert warnings[0].endswith("s ago with ConnectionError('reset').")
+
+
+def test_a_driver_that_fails_keeps_everything(tmp_path: Path, ray_temp_dir: str) -> None:
+    """After an exception that nobody caught, the checkpoints of completed workers are there for a look, too."""
+    body = 'faultguard.get([work.remote("a", "never"), work.remote("c", "always")])'
+    drive(tmp_path, ray_temp_dir, body, code=1)
+    (run,) = (path for path in (tmp_path / "checkpoints").iterdir() if path.name.startswith("unnamed"))
+    assert sorted(path.name for path in (run / "work").iterdir()) == ["a", "c"]
+
+
+def test_events_are_json_under_rays_json_logging(tmp_path: Path, ray_temp_dir: str) -> None:
+    """Every field of an event is a key of its own, at the top level of the line that Ray writes."""
+    setup = "config = ray.LoggingConfig(encoding='JSON', log_level='INFO')"
+    done = drive(tmp_path, ray_temp_dir, 'faultguard.get(work.remote("b", "once"))', setup=setup, options=", logging_config=config")
+    lines = [line[line.index("{") :] for line in (done.stdout + done.stderr).splitlines() if "faultguard.attempt_resumed" in line]
+    (event,) = [json.loads(line) for line in lines]
+    assert event["event"] == "faultguard.attempt_resumed"
+    expected = {"task": "work", "worker": "b", "attempt": 2, "batch": 4, "cause": "exception", "failed_batch": 4}
+    assert {key: event[key] for key in expected} == expected
+    assert {"run", "token", "node", "pid", "failed_pid", "wait_s", "ago_s"} <= set(event)
+    assert event["message"].startswith("faultguard: 'work/b' attempt 2 of 2 resumes")
+
+
+# --- what a process keeps -------------------------------------------------------------------------------------------
+
+
+@faultguard.recoverable(every=1)
+@ray.remote(num_cpus=4)  # all of them: one process serves every call
+def visit(n: int) -> tuple[int, list[str], dict[int, str]]:
+    """Uses everything that leaves threads and files; says what there is of them while it runs."""
+    import os
+
+    ckpt = faultguard.current()
+    for _ in ckpt.batches(range(n)):
+        ckpt.save_soon = None  # type: ignore[attr-defined] # a user's own attribute
+    return os.getpid(), our_threads(), open_files()
+
+
+@ray.remote(num_cpus=4)
+def look() -> tuple[int, list[str], dict[int, str]]:
+    """The same, without the decorator."""
+    import os
+
+    return os.getpid(), our_threads(), open_files()
+
+
+def test_nothing_stays_in_a_process(run: Run) -> None:
+    """After a hundred tasks on one process there is no thread and no file of ours in it."""
+    before_pid, _, before = ray.get(look.remote(), timeout=60)
+    pids = {pid for pid, _, _ in ray.get([visit.remote(3) for _ in range(100)], timeout=120)}
+    assert pids == {before_pid}
+    pid, _, after = wait_until(lambda: (found := ray.get(look.remote(), timeout=60)) and not found[1] and found)
+    assert pid == before_pid
+    ours = [path for path in after.values() if run.checkpoint_dir in path]
+    assert not ours
+    assert len(after) <= len(before) + 3  # Ray's own connections come and go
+
+
+def test_no_actor_for_short_tasks(run: Run) -> None:
+    """Tasks that end before the first heartbeat start no manager, so none is left."""
+    from faultguard._manager import find
+    from faultguard._session import current_settings
+
+    ray.get([visit.remote(1) for _ in range(5)], timeout=60)
+    assert find(current_settings()) is None
+
+
+# --- what a record may do -------------------------------------------------------------------------------------------
+
+EXPLOITS = [
+    {"py/object": "builtins.exec", "py/reduce": [{"py/function": "os.system"}, {"py/tuple": ["touch %s"]}]},
+    {"$fg": "pickle", "v": "gASVIAAAAAAAAACMBXBvc2l4lIwGc3lzdGVtlJOUjAV0b3VjaJSFlFKULg=="},
+    {"__reduce__": ["os.system", ["touch %s"]]},
+]
+
+
+@faultguard.recoverable(max_failures=1, backoff=NOWAIT)
+@ray.remote
+def leaves(worker_id: str, fail: bool) -> Any:
+    """Saves a state; fails if it is told to."""
+    ckpt = faultguard.current()
+    for _ in ckpt.batches(range(2)):
+        ckpt.state.setdefault("x", 1)
+        ckpt.advance(wait=True)
+    if fail:
+        raise ArithmeticError
+    return ckpt.state["x"]
+
+
+@pytest.mark.parametrize("planted", EXPLOITS, ids=["jsonpickle", "tag", "reduce"])
+def test_a_planted_pickle_never_executes(run: Run, tmp_path: Path, planted: dict[str, Any]) -> None:
+    """Whoever can write a record with a right checksum can change values, and run nothing."""
+    with pytest.raises(ArithmeticError):
+        ray.get(leaves.remote("w", True), timeout=60)
+    marker = tmp_path / "executed"
+    folder = Path(run.checkpoint_dir) / run.name / "leaves" / "w"
+    newest = records(run, "leaves", "w")[-1]
+    state = json.dumps({"x": json.loads(json.dumps(planted).replace("%s", str(marker)))}).encode()
+    _replace(folder / f"{newest.number:09d}.json", newest, state)
+    again = leaves.remote("w", False)
+    if "$fg" in planted:  # a tag that nobody knows is damage
+        with pytest.raises(faultguard.CheckpointCorruptError):
+            ray.get(again, timeout=60)
+    else:
+        assert isinstance(ray.get(again, timeout=60), dict)
+    assert not marker.exists()
+
+
+def _replace(path: Path, record: Record, state: bytes) -> None:
+    """Put another state into a record, with a checksum that fits."""
+    assert record.snapshot is not None
+    fields = {name: getattr(record, name) for name in record.__struct_fields__}
+    snapshot = msgspec.structs.replace(record.snapshot, state=msgspec.Raw(state))
+    data = encode_record(Record(**{**fields, "snapshot": snapshot}))
+    assert decode_record(data, record.number) is not None
+    path.write_bytes(data)

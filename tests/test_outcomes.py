@@ -1,0 +1,275 @@
+"""What a task leaves behind: its result and its record, and nothing of ours in the process."""
+
+from __future__ import annotations
+
+import base64
+import os
+import pickle
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import pytest
+import ray
+
+import faultguard
+from faultguard import _attempt, _codec, _ray
+from faultguard._core.names import record_name
+from faultguard._core.records import Mark, Owner, Record, Snapshot, decode_record, encode_record
+from faultguard._settings import Settings
+from faultguard.storage import open_store, store_id
+from tests.conftest import CPUS
+from tests.tasks import NOWAIT, open_files, our_threads, records, wait_until
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+WAIT_S = 90
+INLINE_LIMIT = 100 * 1024  # of Ray: a larger result goes to the object store
+GONE_S = 10.0  # within which a parked thread has ended
+
+
+def get(refs: Any) -> Any:
+    """`ray.get` with a bound."""
+    return ray.get(refs, timeout=WAIT_S)
+
+
+# --- results --------------------------------------------------------------------------------------------------------
+
+
+@faultguard.recoverable(max_failures=1, backoff=NOWAIT)
+@ray.remote(num_returns=2)
+def two_results(n: int) -> tuple[int, list[int]]:
+    """Gives two objects, after a failure."""
+    ckpt = faultguard.current()
+    for batch in ckpt.batches(range(n)):
+        if batch == 3 and ckpt.attempt == 1:
+            raise ValueError("planned")
+    return ckpt.attempt, [n]
+
+
+@pytest.mark.ray
+def test_two_results(run: faultguard.Run) -> None:
+    """With num_returns=2 there are two references, as in Ray, also after a retry."""
+    attempt, values = two_results.remote(6)  # type: ignore[misc] # Ray's types know one reference
+    assert get([attempt, values]) == [2, [6]]
+
+
+@faultguard.recoverable
+@ray.remote
+def who(n: int) -> tuple[str, Any, int]:
+    """Says who it is, and with which resources."""
+    for _ in faultguard.batches(range(n)):
+        pass
+    return faultguard.current().worker_id, ray.get_runtime_context().get_assigned_resources().get("CPU"), os.getpid()
+
+
+@pytest.mark.ray
+def test_options(run: faultguard.Run) -> None:
+    """`.options()` takes the id of the worker and Ray's own options, and leaves the function as it was."""
+    assert get(who.options(worker_id="part/7", num_cpus=2).remote(3))[:2] == ("part/7", 2.0)
+    assert get(who.options(worker_id="a").options(num_cpus=3).remote(3))[:2] == ("a", 3.0)
+    assert records(run, "who", "part%2F7")[-1].kind == "end"
+    assert get(who.remote(3))[0] not in {"part/7", "a"}
+
+
+@faultguard.recoverable
+@ray.remote
+def large_result(size: int) -> bytes:
+    """Gives many bytes."""
+    for _ in faultguard.batches(range(2)):
+        pass
+    return bytes(size)
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("size", [INLINE_LIMIT * 2, _attempt.MAX_RESULT_BYTES * 2])
+def test_large_results(run: faultguard.Run, size: int) -> None:
+    """A result that Ray keeps in its object store arrives as it is; one over 1 MiB is not recorded."""
+    assert get(large_result.options(worker_id="w").remote(size)) == bytes(size)
+    outcome = records(run, "large_result", "w")[-1].outcome
+    assert outcome is not None
+    assert (outcome.status, outcome.recorded) == ("completed", size < _attempt.MAX_RESULT_BYTES)
+
+
+# --- results that are asked for again, without Ray -------------------------------------------------------------------
+
+
+class Opaque:
+    """A value that the codec does not know."""
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    """A run without a cluster."""
+    store = open_store(str(tmp_path / "store"))
+    return Settings(run="run", checkpoint_dir=store.url, store_id=store_id(store), job_id="01000000")
+
+
+def execute(settings: Settings, function: Callable[[], Any], *, ray_attempt: int = 0) -> Any:
+    """Run a function as an attempt of one and the same task of Ray's."""
+    identity = _ray.Identity("01000000", "node", "task-1", ray_attempt, "count", "count")
+    options = _attempt.TaskOptions(name="count", max_failures=0, every=1, backoff=NOWAIT)
+    return _attempt.run_task(settings, identity, options, "w", _attempt.Work(function, repeatable=True))
+
+
+def test_a_recorded_result_is_not_computed_again(settings: Settings) -> None:
+    """A task that Ray runs once more, because its result was lost, gives the result from the record."""
+    assert execute(settings, lambda: {"rows": (1, 2)}) == {"rows": (1, 2)}
+    assert execute(settings, lambda: pytest.fail("ran again"), ray_attempt=1) == {"rows": (1, 2)}
+
+
+def test_a_result_that_cannot_be_recorded(settings: Settings, caplog: pytest.LogCaptureFixture) -> None:
+    """It is returned, with a warning; asked for again, the function is called with its loops done and its state restored."""
+    seen: list[int] = []
+
+    def count() -> tuple[Opaque, int]:
+        ckpt = faultguard.current()
+        for batch in ckpt.batches(range(4)):
+            seen.append(batch)
+            ckpt.state["sum"] = ckpt.state.get("sum", 0) + batch
+        return Opaque(), ckpt.state["sum"]
+
+    assert execute(settings, count)[1] == 6
+    (warning,) = caplog.records
+    assert "the return value of task 'count' cannot be recorded" in warning.getMessage()
+    assert vars(warning)["event"] == "faultguard.result_not_recorded"
+    assert execute(settings, count, ray_attempt=1)[1] == 6
+    assert seen == [0, 1, 2, 3]
+
+
+def test_a_recorded_failure_is_given_again(settings: Settings) -> None:
+    """A task that failed for good does not run again for the same task of Ray's: it gives the failures that were recorded."""
+
+    def fail() -> None:
+        raise ValueError("planned")
+
+    with pytest.raises(ValueError, match="planned"):
+        execute(settings, fail)
+    with pytest.raises(faultguard.MaxFailuresExceeded) as caught:
+        execute(settings, lambda: pytest.fail("ran again"), ray_attempt=1)
+    assert [failure.message for failure in caught.value.failures] == ["ValueError('planned')"]
+
+
+# --- what others put into the store ----------------------------------------------------------------------------------
+
+
+class Bomb:
+    """Unpickled, it leaves a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.path,)
+
+
+def planted(newest: Record, number: int, state: bytes) -> bytes:
+    """A whole and valid record that holds a state of somebody's own."""
+    snapshot = Snapshot(state=msgspec.Raw(state), loops=((Mark(name="batches", done=2, length=4),),))
+    owner = Owner(writer="somebody", task_id="task-1", ray_attempt=0)
+    return encode_record(
+        Record(
+            kind="save",
+            number=number,
+            task=newest.task,
+            worker_id=newest.worker_id,
+            owner=owner,
+            saved_at=time.time(),
+            life=1,
+            attempt=newest.attempt,
+            token=newest.token,
+            snapshot=snapshot,
+        )
+    )
+
+
+@pytest.mark.parametrize("how", ["whole file", "state", *sorted(_codec._READERS)])
+def test_a_planted_pickle_is_never_run(settings: Settings, tmp_path: Path, how: str) -> None:
+    """Whatever is planted in the newest record, as a file, as a state, or under any tag: loading it runs nothing."""
+    mark = tmp_path / "mark"
+    bomb = pickle.dumps(Bomb(mark))
+    assert not mark.exists()
+    text = base64.b64encode(bomb).decode()
+
+    def dies() -> None:
+        for batch in faultguard.batches(range(4)):
+            if batch == 2:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        execute(settings, dies)
+    folder = Path(settings.checkpoint_dir) / settings.log_prefix("count", "w")
+    newest = decode_record(max(folder.iterdir()).read_bytes(), len(list(folder.iterdir())))
+    assert newest is not None
+    number = newest.number + 1
+    state = {"whole file": b"", "state": msgspec.json.encode(text)}.get(how)
+    if state is None:
+        state = msgspec.json.encode({"sum": {"$fg": how, "v": text}})
+    (folder / record_name(number)).write_bytes(planted(newest, number, state) if state else bomb)
+
+    seen: list[int] = []
+
+    def look() -> None:
+        seen.extend(faultguard.batches(range(4)))
+
+    try:
+        execute(settings, look, ray_attempt=1)
+    except (faultguard.FaultguardError, TypeError) as error:  # refused, or set aside: both are no execution
+        assert how != "whole file", error
+    else:
+        assert seen == [2, 3]
+    assert not mark.exists()
+    pickle.loads(bomb)
+    assert mark.exists()  # it would have worked
+
+
+# --- nothing remains -------------------------------------------------------------------------------------------------
+
+
+@faultguard.recoverable
+@ray.remote(num_cpus=CPUS)
+def brief(n: int, seconds: float = 0.0) -> int:
+    """A short task, alone on the cluster."""
+    for _ in faultguard.batches(range(n)):
+        time.sleep(seconds)
+    return os.getpid()
+
+
+@ray.remote(num_cpus=CPUS)
+def leftovers(pid: int, directory: str) -> dict[str, Any] | None:
+    """What is left in this process a few seconds after the last task; None in another process."""
+    if os.getpid() != pid:
+        return None
+    deadline = time.monotonic() + GONE_S
+    while our_threads() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    files = open_files()
+    return {
+        "threads": our_threads(),
+        "files": len(files),
+        "ours": [target for target in files.values() if target.startswith(directory)],
+        "held": len(_attempt._held_here),
+    }
+
+
+@pytest.mark.ray
+def test_nothing_remains_after_many_tasks(run: faultguard.Run) -> None:
+    """After 100 tasks on one reused process no thread and no file of ours is left there; after the run no actor, either."""
+    pids = get([brief.remote(2, 0.4)])  # long enough to beat: the manager and the connection to it are there from now on
+    before = wait_until(lambda: get(leftovers.remote(pids[0], run.checkpoint_dir)))
+    pids += get([brief.remote(3) for _ in range(100)])
+    assert len(set(pids)) == 1
+    after = wait_until(lambda: get(leftovers.remote(pids[0], run.checkpoint_dir)))
+    assert (after["threads"], after["ours"], after["held"]) == ([], [], 0)
+    assert after["files"] <= before["files"] + 5  # Ray opens a connection now and then; 100 would be ours
+    assert [actor["name"] for actor in named_actors()] != []
+    faultguard.shutdown()
+    wait_until(lambda: not named_actors())
+
+
+def named_actors() -> list[dict[str, str]]:
+    """The actors of this library."""
+    actors: list[dict[str, str]] = ray.util.list_named_actors(all_namespaces=True)
+    return [actor for actor in actors if actor["namespace"] == _ray.NAMESPACE]
