@@ -32,26 +32,25 @@ if TYPE_CHECKING:
 
 __all__ = ["cluster", "entered_through", "profiled", "profiles"]
 
-CPUS = 2
 _ROOT = Path(__file__).resolve().parents[1]
 
 
 @contextlib.contextmanager
-def cluster(bench: Bench) -> Iterator[None]:
+def cluster(bench: Bench, cpus: int = 2) -> Iterator[None]:
     """A cluster of this measurement's own, with a run whose checkpoints are in its directory."""
     # Whatever is installed brings its bytecode; from a source tree every new process would compile faultguard again.
     compileall.compile_dir(str(Path(faultguard.__file__).parent), quiet=1)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")]))  # workers find `benchmarks`
     sessions = tempfile.mkdtemp(prefix="fgb-", dir="/tmp")  # short: paths of sockets lie below it
-    try:
-        with contextlib.redirect_stdout(sys.stderr):  # where Ray prints each crash
-            ray.init(address="local", _temp_dir=sessions, num_cpus=CPUS, include_dashboard=False, log_to_driver=False)
+    with contextlib.redirect_stdout(sys.stderr):  # where Ray tells of each crash, up to its shutdown
+        try:
+            ray.init(address="local", _temp_dir=sessions, num_cpus=cpus, include_dashboard=False, log_to_driver=False)
             with faultguard.init(checkpoint_dir=bench.directory / "checkpoints", progress=False):
                 yield
-    finally:
-        ray.shutdown()
-        shutil.rmtree(sessions, ignore_errors=True)
+        finally:
+            ray.shutdown()
+            shutil.rmtree(sessions, ignore_errors=True)
 
 
 @contextlib.contextmanager

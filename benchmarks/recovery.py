@@ -99,13 +99,14 @@ def _went_on(handle: faultguard.Checkpoint) -> None:
 # --- SIGKILL --------------------------------------------------------------------------------------------------------
 
 # What runs here in the workers is nested functions, which travel by value: a function of this module would import it, and
-# faultguard with it, before anything is stamped. `max_calls=1`: each attempt gets a process that never saw faultguard.
+# faultguard with it, before anything is stamped. `max_calls=1`: each attempt gets a process that never saw faultguard. One CPU: like a
+# busy node, it has no spare process at hand, so each retry starts one; with a second CPU there is one, or not, by chance.
 
 
 def sigkill(bench: Bench) -> Measured:
     """Plain Ray: from the kill until the function is entered again. Ours: from there, imports to come, to the first batch."""
     rounds = 3 if bench.quick else 20
-    with cluster(bench):
+    with cluster(bench, cpus=1):
         found = [(_crash_plain(bench.directory, i), _crash_ours(bench.directory, i)) for i in range(rounds)]
     plain = median([seconds for seconds, _ in found])
     share = {key: median([ours[key] for _, ours in found]) for key in found[0][1]}
@@ -196,6 +197,6 @@ def _crashing() -> Any:
 def _explain_sigkill(bench: Bench) -> list[str]:
     """The attempt that resumes, profiled with its imports."""
     folder = bench.directory / "profiles"
-    with cluster(bench), entered_through(profiled(folder)):
+    with cluster(bench, cpus=1), entered_through(profiled(folder)):
         _get([_crashing().remote(str(bench.directory / f"profiled-{i}")) for i in range(3)])
     return profiles(folder)

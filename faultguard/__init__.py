@@ -6,6 +6,7 @@ Decorate a Ray task with `recoverable`, wrap its loop in `batches`. `docs/` expl
 from faultguard._checkpointed import batches, checkpointed, current
 from faultguard._get import get
 from faultguard._handle import Checkpoint
+from faultguard._manager import RecoveryManager
 from faultguard._recoverable import RecoverableFunction, recoverable
 from faultguard._run import Run, init, shutdown
 from faultguard._views import WorkerState, manager, workers
@@ -24,7 +25,6 @@ from faultguard.errors import (
     SupersededError,
     UsageError,
 )
-from faultguard._manager import RecoveryManager
 from faultguard.policy import Backoff
 
 __version__ = "0.1.0"

@@ -28,7 +28,7 @@ from faultguard._handle import Checkpoint
 from faultguard._journal import Journal, superseded
 from faultguard._log import StoredLog
 from faultguard._process import ProcessId, is_dead, this_process
-from faultguard._session import TaskContext, entered
+from faultguard._session import TaskContext, entered, leave_all
 from faultguard._settings import Settings, checked_store
 from faultguard.errors import (
     CheckpointNotSerializableError,
@@ -165,6 +165,29 @@ def open_worker(
         start_time=process.start_time,
     )
     me = rules.Claimant(owner=owner, task=options.name, worker_id=worker_id, max_failures=max_failures)
+    try:
+        return _open(log, me, settings, identity, options)
+    except BaseException as error:
+        _give_back(log, owner, cause_of_leaving(error))
+        raise
+
+
+def _give_back(log: StoredLog, owner: Owner, cause: str) -> None:
+    """Cut between the claim and the handle: say so in the log, or a process that lives on would hold the worker for ever."""
+    _held_here.discard(owner.writer)
+    try:
+        head = log.newest()
+        if head is not None and head.owner.writer == owner.writer and head.kind == "claim":
+            log.run(rules.give_back(head, time.time(), Ended(cause, charged=False)))
+    except Exception as trouble:  # noqa: BLE001 - what cut the claim goes on, whatever the store says
+        text = f"worker {owner.writer} could not be given back: {trouble}"
+        _events.emit(logging.ERROR, "faultguard.leave_failed", text, error=repr(trouble))
+
+
+def _open(
+    log: StoredLog, me: rules.Claimant, settings: Settings, identity: _ray.Identity, options: TaskOptions
+) -> OpenWorker | rules.Finished:
+    """Claim, and make the handle."""
     granted = _claim(log, me, settings)
     if isinstance(granted, rules.Finished):
         return granted
@@ -174,7 +197,7 @@ def open_worker(
     if granted.damaged:
         _say_damaged(handle, granted.damaged)
     if granted.held.attempt > 1 and granted.held.failures:
-        _say_resumed(handle, granted.held, max_failures)
+        _say_resumed(handle, granted.held, me.max_failures)
     return OpenWorker(settings, identity, journal, handle)
 
 
@@ -252,10 +275,13 @@ def _duplicate(me: rules.Claimant, head: Record, settings: Settings) -> Duplicat
 def run_task(settings: Settings, identity: _ray.Identity, options: TaskOptions, worker_id: str, work: Work) -> Any:
     """Run a decorated task to its outcome: the value, or the error that Ray is to report."""
     max_failures = options.max_failures if options.max_failures is not None else settings.max_failures
-    opened = open_worker(settings, identity, options, worker_id, max_failures=max_failures)
-    if isinstance(opened, rules.Finished):
-        return _recorded(opened, settings, options, work, max_failures)
-    return _Task(opened, settings, identity, options, work=work, max_failures=max_failures).run()
+    try:
+        opened = open_worker(settings, identity, options, worker_id, max_failures=max_failures)
+        if isinstance(opened, rules.Finished):
+            return _recorded(opened, settings, options, work, max_failures)
+        return _Task(opened, settings, identity, options, work=work, max_failures=max_failures).run()
+    finally:
+        leave_all()
 
 
 def _recorded(finished: rules.Finished, settings: Settings, options: TaskOptions, work: Work, max_failures: int) -> Any:
@@ -378,12 +404,21 @@ class _Task:
         """Whether the attempt that raised `error` is followed by another one of this budget."""
         if not isinstance(error, Exception) or isinstance(error, SupersededError):
             return False
-        answer = verdict(error, self._options.retry_on, self._options.give_up_on)
+        answer = self._verdict(error)
         self._retried = answer is not False
         if not self._retried:
             return False
         self._wait_s = answer.total_seconds() if isinstance(answer, timedelta) else None
         return not exhausted(self._journal.held.charged + 1, self._max_failures)
+
+    def _verdict(self, error: Exception) -> bool | timedelta:
+        """What the options say about an exception; a predicate that raises says nothing, and must not take its place."""
+        try:
+            return verdict(error, self._options.retry_on, self._options.give_up_on)
+        except Exception as trouble:  # noqa: BLE001 - a user's predicate may raise anything
+            text = f"a predicate of task {self._options.name!r} raised {trouble!r} when asked about {type(error).__name__}; not retried"
+            _events.emit(logging.ERROR, "faultguard.predicate_failed", text, **self._open.handle.fields(), error=repr(trouble))
+            return False
 
     def _record_failure(self, state: Any) -> None:
         """Before the wait: the failure, the newest snapshot and the next claim, in one record. Then a new handle."""
@@ -435,7 +470,7 @@ class _Task:
 
     def _failure(self, error: BaseException, cause: str = "exception") -> FailureRecord:
         handle = self._open.handle
-        text = str(error)
+        text = _text(error)
         return FailureRecord(
             cause=cause,
             attempt=self._journal.held.attempt,
@@ -463,6 +498,13 @@ class _Task:
             with contextlib.suppress(ManagerUnavailableError, *_ray.UNREACHABLE):  # then the rest is slept
                 _ray.get_within(find_or_make(self._settings, wait_s=seconds).pause.remote(seconds), deadline - time.monotonic())
         time.sleep(max(deadline - time.monotonic(), 0.0))
+
+
+def _text(error: BaseException) -> str:
+    try:
+        return str(error)
+    except Exception as trouble:  # noqa: BLE001 - a user's __str__ may raise anything
+        return f"its text raises {type(trouble).__name__}"
 
 
 def leave_process() -> NoReturn:

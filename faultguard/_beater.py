@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 import ray
 
 from faultguard import _events, _ray
+from faultguard._manager import find_or_make, forget, known
 from faultguard._sidecar import Sidecar
 from faultguard.errors import ManagerUnavailableError
-from faultguard._manager import find_or_make, forget, known
 
 if TYPE_CHECKING:
     from faultguard._settings import Settings

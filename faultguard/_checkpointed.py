@@ -82,7 +82,7 @@ class checkpointed:  # noqa: N801 - read as `with checkpointed(...)`
             allow_pickle=(allow_pickle, False),
         )
         self._worker_id = check_worker_id(worker_id) if worker_id is not None else None
-        self._state = state
+        self._state = Checkpoint.check_state(state)
         self._every = check_every(every) if every is not None else None
         self._keep = check_keep(keep) if keep is not None else None
         self._opened: _attempt.OpenWorker | None = None  # a worker of this block's own

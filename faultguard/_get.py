@@ -45,7 +45,7 @@ def get(refs: Any, *, timeout: float | None = None, progress: bool = True, retur
     Raises:
         GetTimeoutError: Ray's, when not all are ready in time.
         UsageError: `refs` is something else.
-        Exception: of the first task that failed, after all have ended; where several failed, the table of the others is a note on it.
+        Exception: of the first task that failed, after all have ended; where several failed, the others are listed on stderr.
     """
     single = isinstance(refs, ray.ObjectRef)
     wanted: list[Any] = [refs] if single else _checked(refs)

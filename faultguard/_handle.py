@@ -153,7 +153,7 @@ class Checkpoint:
         """The generator behind `batches`. Between two batches it does next to nothing unless something is due."""
         cursors, schedule, clock, growing = self._cursors, self._schedule, time.monotonic, _codec.GROWING
         loop, closed = cursors.open(name, length, total)
-        scopes, inside = cursors.scopes, loop.depth + 1
+        scopes, stack, inside = cursors.scopes, cursors.stack, loop.depth + 1
         try:
             self._begin(loop, closed=closed)
             if loop.finished:
@@ -163,6 +163,8 @@ class Checkpoint:
                 loop.current = item if type(item) not in growing else _Seen(_codec.fingerprint(item))
                 loop.in_hand = True
                 yield item
+                if not stack or stack[-1] is not loop:
+                    self._come_back(loop)
                 if loop.in_hand:  # else advance() has counted it
                     if look := clock() >= schedule.look_at:
                         self._hear()
@@ -172,8 +174,6 @@ class Checkpoint:
                         del scopes[inside:]
                     if look:
                         self._boundary()
-                elif loop.finished:
-                    self._refuse_closed(loop)
         except BaseException:
             cursors.leave(loop)
             raise
@@ -188,10 +188,15 @@ class Checkpoint:
         if closed:
             self._boundary()
 
-    def _refuse_closed(self, loop: Loop) -> None:
-        """Somebody has kept the generator, and goes on with it after its loop was closed."""
+    def _come_back(self, loop: Loop) -> None:
+        """Somebody goes on with a loop after another one was opened inside of it, or after it was closed."""
         self._check_open("batches")
-        msg = f"loop {loop.name!r} is refused to go on: the end of its block, or the loop that follows it, has closed it"
+        if self._cursors.come_back(loop):
+            return
+        msg = (
+            f"loop {loop.name!r} is refused to go on: the loop around it, the loop that follows it, or the end of its block has closed it. "
+            f"Use batches() in a `for` statement, and batches(zip(a, b)) instead of zip(batches(a), batches(b))"
+        )
         raise UsageError(msg)
 
     def _source(self, iterable: Any, loop: Loop) -> Iterator[Any]:
@@ -497,6 +502,8 @@ def _check_iterable(iterable: Any) -> int | None:
     way_out = None
     if isinstance(iterable, (str, bytes, bytearray)):
         way_out = "its batches would be single characters; pass a list of items, such as text.splitlines()"
+    elif isinstance(iterable, (set, frozenset)):
+        way_out = "a set has another order in every process; pass sorted(items)"
     elif isinstance(iterable, Mapping):
         way_out = "a mapping gives only its keys; pass list(mapping.items())"
     elif module in {"pandas", "polars"} and kind.__name__ in {"DataFrame", "LazyFrame"}:

@@ -10,7 +10,7 @@ import logging
 import math
 import threading
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from faultguard import _events
 from faultguard._core import log as rules
@@ -20,6 +20,8 @@ from faultguard._sidecar import Sidecar
 from faultguard.errors import CheckpointStoreError, SupersededError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Generator
+
     from faultguard._core.records import FailureRecord, Outcome, Snapshot
     from faultguard._core.schedule import Schedule
     from faultguard._log import StoredLog
@@ -122,7 +124,7 @@ class Journal:
         """Record a failure, the newest snapshot and the claim of the next attempt, at once."""
         with self._lock:
             snapshot = snapshot_to_flush(self._newest, self.held.durable)
-            self._last(self.log.run(rules.retry_record(self.held, snapshot, failure, time.time())))
+            self._last(self._insist(lambda: rules.retry_record(self.held, snapshot, failure, time.time())))
         self.raise_if_superseded()
 
     def leave(self, ended: Ended, failure: FailureRecord | None = None) -> None:
@@ -140,9 +142,21 @@ class Journal:
         with self._lock:
             snapshot = snapshot if snapshot is not None else snapshot_to_flush(self._newest, self.held.durable)
             ended = Ended("exception", charged=True) if failure is not None else None
-            saved = self.log.run(rules.save(self.held, snapshot, time.time(), ended=ended, failure=failure, outcome=outcome))
-            self._last(saved)
+            self._last(self._insist(lambda: rules.save(self.held, snapshot, time.time(), ended=ended, failure=failure, outcome=outcome)))
         self.raise_if_superseded()
+
+    def _insist(self, procedure: Callable[[], Generator[rules.Op, Any, bool]]) -> bool:
+        """Under the lock: a record without which the worker would be lost. A store that fails for a moment must not end it."""
+        deadline = time.monotonic() + STORE_PATIENCE_S
+        while True:
+            try:
+                saved: bool = self.log.run(procedure())
+            except CheckpointStoreError:  # noqa: PERF203 - trying again is the point
+                if time.monotonic() >= deadline:
+                    raise
+                time.sleep(STORE_RETRY_S)
+            else:
+                return saved
 
     def close(self) -> None:
         """Let the writer thread go; after `leave`, `end` or `retry` nothing is pending."""

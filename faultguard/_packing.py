@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 from typing import Any
 
-import cloudpickle
+from ray import cloudpickle
 
 from faultguard import _ray
 
@@ -25,26 +25,26 @@ class _Bounded(io.BytesIO):
     """A buffer that gives up when it holds too much."""
 
     def write(self, data: Any) -> int:
-        if self.tell() + len(data) > MAX_BYTES:
+        if self.tell() + memoryview(data).nbytes > MAX_BYTES:  # large arrays come as `PickleBuffer`, which has no length
             raise _NotPackableError
         return super().write(data)
 
 
-class _Pickler(cloudpickle.Pickler):  # type: ignore[misc] # cloudpickle is untyped
+class _Pickler(cloudpickle.Pickler):
     """Refuses what Ray has to follow: references to objects and actors."""
 
     def reducer_override(self, value: Any) -> Any:
         if _ray.is_ref(value):
             raise _NotPackableError
-        return super().reducer_override(value)
+        return super().reducer_override(value)  # type: ignore[no-untyped-call] # as cloudpickle is
 
 
 def pack(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bytes | None:
     """Arguments as bytes; None when they are over 1 MiB or hold references, which stay with Ray."""
     buffer = _Bounded()
     try:
-        _Pickler(buffer).dump((args, kwargs))
-    except _NotPackableError:
+        _Pickler(buffer).dump((args, kwargs))  # type: ignore[no-untyped-call] # as cloudpickle is
+    except Exception:  # noqa: BLE001 - what cannot be pickled here, Ray may know how to serialise; else it says so itself
         return None
     return buffer.getvalue()
 

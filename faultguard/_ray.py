@@ -5,6 +5,7 @@ Facts behind it were measured on Ray 2.60 and are pinned by `tests/test_ray_fact
 
 from __future__ import annotations
 
+import uuid
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -51,6 +52,7 @@ class Identity:
     attempt: int
     task_name: str
     function_name: str
+    in_actor: bool = False
 
 
 def is_ready() -> bool:
@@ -71,10 +73,11 @@ def identity() -> Identity:
     return Identity(
         job_id=context.get_job_id(),
         node_id=context.get_node_id(),
-        task_id=(context.get_task_id() if in_task else None) or f"driver-{context.get_worker_id()}",
+        task_id=(context.get_task_id() if in_task else None) or f"driver-{uuid.uuid4().hex}",  # each block there is new work
         attempt=worker.core_worker.get_current_task_attempt_number() if in_task else 0,
         task_name=(context.get_task_name() if in_task else None) or "driver",
         function_name=(context.get_task_function_name() if in_task else None) or "",
+        in_actor=in_task and context.get_actor_id() is not None,
     )
 
 

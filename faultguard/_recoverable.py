@@ -250,6 +250,9 @@ class RecoverableFunction(Generic[P, R]):
         options: TaskOptions,
         ray_options: dict[str, Any],
         worker_id: str | None = None,
+        *,
+        at_call: dict[str, Any] | None = None,
+        remotes: dict[int, Any] | None = None,
     ) -> None:
         functools.update_wrapper(self, function)
         self._function = function
@@ -257,7 +260,8 @@ class RecoverableFunction(Generic[P, R]):
         self._ray_options = ray_options
         self._worker_id = worker_id
         self._signature = inspect.signature(function)
-        self._remotes: dict[int, Any] = {}
+        self._at_call = at_call or {}  # what `.options()` gave to Ray
+        self._remotes: dict[int, Any] = remotes if remotes is not None else {}  # exported once, whatever `.options()` says
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """Run the function here, once, with its state in memory."""
@@ -296,7 +300,8 @@ class RecoverableFunction(Generic[P, R]):
                 raise UsageError(msg)
         _refuse_num_returns(".options", ray_options)
         chosen = check_worker_id(worker_id) if worker_id is not None else self._worker_id
-        return RecoverableFunction(self._function, self._options, {**self._ray_options, **ray_options}, chosen)
+        at_call = {**self._at_call, **ray_options}
+        return RecoverableFunction(self._function, self._options, self._ray_options, chosen, at_call=at_call, remotes=self._remotes)
 
     def _header(self, settings: Settings, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bytes:
         worker_id = self._worker_id
@@ -311,11 +316,12 @@ class RecoverableFunction(Generic[P, R]):
             retries = failures + EXTRA_RAY_RETRIES if failures >= 0 else -1
             entry = _entry(self._function, self._options)
             self._remotes[failures] = ray.remote(**{**self._ray_options, "max_retries": retries, "retry_exceptions": False})(entry)
-        return self._remotes[failures]
+        remote = self._remotes[failures]
+        return remote.options(**self._at_call) if self._at_call else remote
 
     def __reduce__(self) -> Any:
         """Travel without what was exported to one cluster."""
-        return RecoverableFunction, (self._function, self._options, self._ray_options, self._worker_id)
+        return RecoverableFunction, (self._function, self._options, {**self._ray_options, **self._at_call}, self._worker_id)
 
 
 def _entry(function: Callable[..., Any], options: TaskOptions) -> Callable[..., Any]:
@@ -369,7 +375,7 @@ def run_plain(function: Callable[..., Any], options: TaskOptions, args: tuple[An
     if _session.context() is not None or not _ray.is_ready() or _ray.is_driver():
         return _call_directly(function, options, args, kwargs)
     identity = _ray.identity()
-    if identity.function_name.rpartition(".")[2] != function.__name__:
+    if identity.in_actor or identity.function_name.rpartition(".")[2] != function.__name__:
         return _call_directly(function, options, args, kwargs)
     payload = _packing.pack(args, kwargs)
     first = [(args, kwargs)]

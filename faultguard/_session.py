@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextvars
+import os
 import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -50,6 +51,11 @@ class entered:  # noqa: N801 - reads as a word: `with entered(context)`
 
     def __exit__(self, *_: object) -> None:
         _context.reset(self._token)
+
+
+def leave_all() -> None:
+    """The task is over: this thread runs none, whatever cut it between entering and leaving."""
+    _context.set(None)
 
 
 def current_settings() -> Settings:
@@ -114,3 +120,12 @@ def take_driver_settings() -> Settings | None:
         settings = _driver[0] if _driver is not None else None
         set_driver_settings(None)
         return settings
+
+
+def _forget_in_child() -> None:
+    """A forked child is no driver: it must not end its parent's run when it exits."""
+    global _driver, _lock
+    _driver, _lock = None, threading.RLock()
+
+
+os.register_at_fork(after_in_child=_forget_in_child)

@@ -168,23 +168,35 @@ def resolve_checkpoint_dir(given: str | os.PathLike[str] | None) -> str:
     """The place of the checkpoints, absolute on this machine.
 
     Raises:
-        UsageError: it lies where Ray keeps its sessions, and would be cleaned away with them.
+        UsageError: it is no directory, or lies where Ray keeps its sessions, and would be cleaned away with them.
     """
-    chosen = given if given is not None else os.environ.get("FAULTGUARD_CHECKPOINT_DIR", "checkpoints")
-    text = os.fspath(chosen)
-    if not isinstance(text, str) or not text:
-        msg = f"checkpoint_dir={chosen!r} is refused; it takes a directory, such as checkpoint_dir='/shared/checkpoints'"
-        raise UsageError(msg)
-    if "://" in text:
+    variable = "FAULTGUARD_CHECKPOINT_DIR"
+    source = "checkpoint_dir" if given is not None or variable not in os.environ else variable
+    chosen = given if given is not None else os.environ.get(variable, "checkpoints")
+    text = os.fspath(chosen) if isinstance(chosen, (str, os.PathLike)) else ""
+    if isinstance(text, str) and "://" in text:
         return text
-    path = Path(text).expanduser().resolve()
+    path = _absolute(text)
+    if path is None:
+        msg = f"{source}={chosen!r} is refused; it takes a directory, such as {source}='/shared/checkpoints'"
+        raise UsageError(msg)
     if any(part.startswith("session_") and _is_ray_session(path, index) for index, part in enumerate(path.parts)):
         msg = (
-            f"checkpoint_dir={text!r} is {path}, inside a session directory of Ray (`ray job submit` runs scripts there), which goes "
+            f"{source}={text!r} is {path}, inside a session directory of Ray (`ray job submit` runs scripts there), which goes "
             f"with the cluster; give an absolute path outside of it"
         )
         raise UsageError(msg)
     return str(path)
+
+
+def _absolute(text: object) -> Path | None:
+    """A directory as an absolute path; None where the text names none."""
+    if not isinstance(text, str) or not text:
+        return None
+    try:
+        return Path(text).expanduser().resolve()
+    except (ValueError, RuntimeError):  # a null byte; `~` of a user that does not exist
+        return None
 
 
 def _is_ray_session(path: Path, index: int) -> bool:

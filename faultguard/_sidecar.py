@@ -48,9 +48,6 @@ class Sidecar(Generic[Client]):
         """Serve a client from now on."""
         with self._condition:
             self._clients.append(client)
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
-                self._thread.start()
             self._wake()
 
     def remove(self, client: Client) -> None:
@@ -67,10 +64,22 @@ class Sidecar(Generic[Client]):
             self._wake()
 
     def _wake(self) -> None:
+        if self._thread is None and self._clients:
+            thread = threading.Thread(target=self._run, name=self._name, daemon=True)
+            thread.start()  # may fail; then the next call tries again
+            self._thread = thread
         self._woken = True
         self._condition.notify_all()
 
     def _run(self) -> None:
+        try:
+            self._serve()
+        finally:
+            with self._condition:
+                if self._thread is threading.current_thread():
+                    self._thread = None
+
+    def _serve(self) -> None:
         while (clients := self._wait_for_clients()) is not None:
             try:
                 due = self._work(clients)

@@ -101,8 +101,8 @@ def manager() -> ActorHandle[Any]:
         UsageError: there is no run here.
         ManagerUnavailableError: it does not answer, or serves another store.
     """
-    from faultguard._session import current_settings
     from faultguard._manager import find_or_make
+    from faultguard._session import current_settings
 
     return find_or_make(current_settings())
 

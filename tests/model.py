@@ -765,6 +765,11 @@ VARIANTS = {
         "held.unanswered = record  # until there is an answer: this procedure may be dropped at any op",
         "held.unanswered = None",
     ),
+    "any record taken for one's own": Variant(
+        "faultguard._core.log",
+        "return bool(found == data)",
+        "return True",
+    ),
     "second create believed at once": Variant(
         "faultguard._core.log",
         "if create and (yield Create(number, data)) is Reply.CREATED and not again:",

@@ -49,7 +49,7 @@ def test_an_event_is_a_sentence_with_fields(collected: list[logging.LogRecord]) 
     [record] = collected
     fields: dict[str, Any] = vars(record)
     assert (record.name, record.levelname, record.getMessage()) == ("faultguard", "WARNING", "faultguard: attempt 2 failed.")
-    assert (fields["event"], fields["worker_id"], fields["batches"]) == ("faultguard.attempt_failed", "w0", 7)
+    assert (fields["event"], fields["worker"], fields["batches"]) == ("faultguard.attempt_failed", "w0", 7)
     assert fields["pid"] == os.getpid()
     assert "sentence" not in fields
     assert "level" not in fields

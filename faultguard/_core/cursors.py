@@ -72,31 +72,31 @@ class Cursors:
 
     def __init__(self, restored: Marks = ()) -> None:
         self.scopes: list[list[Loop]] = [[_loop(mark, depth) for mark in scope] for depth, scope in enumerate(restored)]
-        self._stack: list[Loop] = []
+        self.stack: list[Loop] = []  # changed in place, and read by the loops themselves
 
     @property
     def innermost(self) -> Loop | None:
         """The innermost open loop; where none is open, the last one of the outermost scope."""
-        if self._stack:
-            return self._stack[-1]
+        if self.stack:
+            return self.stack[-1]
         return self.scopes[0][-1] if self.scopes and self.scopes[0] else None
 
     @property
     def around(self) -> Loop | None:
         """The loop around the innermost open one."""
-        return self._stack[-2] if len(self._stack) > 1 else None
+        return self.stack[-2] if len(self.stack) > 1 else None
 
     @property
     def here(self) -> tuple[Loop, ...]:
         """The open loops, outer to inner; where none is open, the one that this attempt has come past last."""
-        if self._stack:
-            return tuple(self._stack)
+        if self.stack:
+            return tuple(self.stack)
         passed = itertools.takewhile(lambda loop: loop.opened or loop.name == HAND_WRITTEN, self.scopes[0] if self.scopes else ())
         return tuple(passed)[-1:]
 
     def done_in(self, marks: Marks) -> int:
         """Batches of the innermost loop that a checkpoint counts as done: none, if it is of another batch outside."""
-        path = self._stack or ([self.innermost] if self.innermost else [])
+        path = self.stack or ([self.innermost] if self.innermost else [])
         done = 0
         for depth, loop in enumerate(path):
             mark = next((mark for scope in marks[depth : depth + 1] for mark in scope if mark.name == loop.name), None)
@@ -108,19 +108,19 @@ class Cursors:
     @property
     def depth(self) -> int:
         """How many loops are open."""
-        return len(self._stack)
+        return len(self.stack)
 
     @property
     def position(self) -> tuple[int, ...]:
         """Batches done, outer to inner."""
-        if self._stack:
-            return tuple(loop.done for loop in self._stack)
+        if self.stack:
+            return tuple(loop.done for loop in self.stack)
         return (self.innermost.done,) if self.innermost else ()
 
     @property
     def is_open(self) -> bool:
         """Whether a loop is open."""
-        return bool(self._stack)
+        return bool(self.stack)
 
     @property
     def holds_back(self) -> bool:
@@ -130,7 +130,7 @@ class Cursors:
     @property
     def in_hand(self) -> bool:
         """Whether the innermost open loop has a batch in hand."""
-        return bool(self._stack) and self._stack[-1].in_hand
+        return bool(self.stack) and self.stack[-1].in_hand
 
     def open(self, name: str, length: int | None = None, total: int | None = None) -> tuple[Loop, bool]:
         """Open a loop inside the batch in hand, or after the loop before it; True if that closed a loop left early.
@@ -139,7 +139,7 @@ class Cursors:
             UsageError: the scope had a loop of this name in this attempt.
             InputChangedError: its input has another length than when the checkpoint was made.
         """
-        depth = len(self._stack)
+        depth = len(self.stack)
         if depth >= MAX_DEPTH:
             msg = f"loop {name!r} is nested {depth + 1} deep, the limit is {MAX_DEPTH}; use advance() in a loop of your own inside"
             raise UsageError(msg)
@@ -163,7 +163,7 @@ class Cursors:
         loop.opened = True
         loop.length = length if length is not None else loop.length
         loop.total = total if total is not None else loop.length
-        self._stack.append(loop)
+        self.stack.append(loop)
         return loop, closed
 
     def done(self, loop: Loop, n: int = 1) -> None:
@@ -172,6 +172,13 @@ class Cursors:
         loop.in_hand = False
         loop.last_known = False
         del self.scopes[loop.depth + 1 :]
+
+    def come_back(self, loop: Loop) -> bool:
+        """`loop` is asked for a batch while it is not the innermost. Whether it is open: then those inside were abandoned."""
+        if loop not in self.stack:
+            return False
+        del self.stack[self.stack.index(loop) + 1 :]
+        return True
 
     def finish(self, loop: Loop) -> None:
         """The input is used up."""
@@ -190,7 +197,7 @@ class Cursors:
         Returns whether there was one; its batch in hand is done.
         """
         closed = self._close(loop for loop in self._scope(depth) if loop.opened)
-        del self._stack[depth:]
+        del self.stack[depth:]
         return closed
 
     def hand_written(self) -> Loop:
@@ -228,8 +235,8 @@ class Cursors:
         return bool(closed)
 
     def _pop(self, loop: Loop) -> None:
-        if loop in self._stack:
-            del self._stack[self._stack.index(loop) :]
+        if loop in self.stack:
+            del self.stack[self.stack.index(loop) :]
 
 
 def input_changed(loop: Loop, difference: str) -> InputChangedError:

@@ -35,6 +35,7 @@ __all__ = [
     "Refused",
     "Reply",
     "claim",
+    "give_back",
     "load",
     "may_claim",
     "retain",
@@ -178,7 +179,7 @@ class Loaded:
 Verdict = Literal["claim", "wait", "refuse", "outcome"]
 
 
-def may_claim(head: Record | None, me: Claimant) -> Verdict:
+def may_claim(head: Record | None, me: Claimant) -> Verdict:  # noqa: PLR0911 - a table of cases, one line each
     """Who may claim a worker whose newest record is `head`.
 
     Two attempts of one Ray task are ordered by Ray's attempt number, never by arrival: an old one may thaw late.
@@ -192,7 +193,7 @@ def may_claim(head: Record | None, me: Claimant) -> Verdict:
         return "claim"  # an earlier try of this very claim, cut short by an error of the store
     if owner.task_id == me.owner.task_id:
         mine, theirs = _order(me.owner), _order(owner)
-        if mine > theirs or (mine == theirs and head.ended is not None):
+        if mine > theirs or (mine == theirs and (head.ended is not None or head.token == me.gone)):
             return "claim"
         return "wait" if mine == theirs else "refuse"
     if owner.epoch != me.owner.epoch:
@@ -240,7 +241,7 @@ def load(numbers: Iterable[int]) -> Generator[Op, Any, Loaded]:
     raise CheckpointStoreError(msg)
 
 
-def _load_once(numbers: list[int]) -> Generator[Op, Any, Loaded | None]:
+def _load_once(numbers: list[int]) -> Generator[Op, Any, Loaded | None]:  # noqa: C901 - one walk, top down, is easier to follow
     """One reading, from the highest number down; None when something that must be there is absent."""
     if not numbers:
         return Loaded(None, None, 0, (), ())
@@ -425,6 +426,8 @@ def save(
     settled = held.unanswered
     if not (yield from _settle(held)):
         return False
+    if held.known.get(held.last) == "end":
+        return True  # it has arrived after all, and nothing comes after an outcome
     charged = held.charged + (1 if ended is not None and ended.charged else 0)
     failures = add_failure(held.failures, failure) if failure is not None else held.failures
     snapshot = snapshot if snapshot is not None else held.durable
@@ -451,6 +454,16 @@ def save(
     return (yield from _append(held, record))
 
 
+def give_back(head: Record, now: float, ended: Ended) -> Generator[Op, Any, bool]:
+    """Note after a claim of one's own that nothing was begun with it. Returns False when somebody has claimed since."""
+    loaded = yield from load([*(yield List())])
+    if loaded.head is None or loaded.head.number != head.number:
+        return False
+    held = _held(head, loaded.numbers, loaded)
+    held.durable = loaded.snapshot
+    return (yield from save(held, None, now, ended=ended))
+
+
 def retry_record(
     held: Held,
     snapshot: Snapshot | None,
@@ -464,8 +477,8 @@ def retry_record(
     settled = held.unanswered
     if not (yield from _settle(held)):
         return False
-    if settled is not None and settled.kind == "claim":
-        return True  # it was this very retry
+    if (settled is not None and settled.kind == "claim") or held.known.get(held.last) == "end":
+        return True  # it was this very retry; or an end has arrived after all, and nothing comes after that
     snapshot = snapshot if snapshot is not None else held.durable
     number = held.last + 1
     owner = _next_retry(held.owner)
