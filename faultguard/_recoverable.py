@@ -162,7 +162,6 @@ def _decorate(target: Any, *, options: TaskOptions) -> Any:
                     f"Remove it; max_failures of @recoverable counts exceptions and crashes alike"
                 )
                 raise UsageError(msg)
-        _refuse_num_returns("@ray.remote", ray_options)
         return RecoverableFunction(function, _named(options, function), ray_options)
     _refuse_target(target)
     _refuse_function(target)
@@ -190,13 +189,6 @@ def _named(options: TaskOptions, function: Callable[..., Any]) -> TaskOptions:
 def _refuse_twice(target: Any) -> None:
     if isinstance(target, RecoverableFunction) or hasattr(target, "__faultguard__"):
         msg = f"@recoverable on {target!r} is refused: it is recoverable already; decorate it once"
-        raise UsageError(msg)
-
-
-def _refuse_num_returns(where: str, ray_options: dict[str, Any]) -> None:
-    value = ray_options.get("num_returns")
-    if value in {"dynamic", "streaming"}:
-        msg = f"{where}(num_returns={value!r}) on a recoverable task is refused: a generator that resumes loses items; return a list"
         raise UsageError(msg)
 
 
@@ -298,7 +290,9 @@ class RecoverableFunction(Generic[P, R]):
             if name in ray_options:
                 msg = f".options({name}=...) on a recoverable task is refused: two owners of retries break the budget; set max_failures"
                 raise UsageError(msg)
-        _refuse_num_returns(".options", ray_options)
+        if (returns := ray_options.get("num_returns")) in {"dynamic", "streaming"}:
+            msg = f".options(num_returns={returns!r}) on a recoverable task is refused: a generator that resumes loses items; return a list"
+            raise UsageError(msg)
         chosen = check_worker_id(worker_id) if worker_id is not None else self._worker_id
         at_call = {**self._at_call, **ray_options}
         return RecoverableFunction(self._function, self._options, self._ray_options, chosen, at_call=at_call, remotes=self._remotes)

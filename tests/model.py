@@ -582,7 +582,7 @@ class World:
         for landing in reversed(self.landed):
             if landing.record.number == number and landing.record.owner.writer == who.name:
                 return landing
-        raise Violation(f"{who.name} is told that record {number} is durable, and it was never created")
+        raise Violation(f"G1: {who.name} is told that record {number} is durable, and it was never created")
 
     def _decode(self, number: int, data: bytes) -> Record:
         record = self._decoded.get(data)
@@ -615,7 +615,7 @@ def random_world(seed: int, rules: Any = true_rules, backend: Backend | None = N
         Violation: with the seed and the story.
     """
     rng = random.Random(seed)
-    options = {
+    options: dict[str, Any] = {
         "batches": rng.choice((3, 6, 9, 12)),
         "keep": rng.choice((2, 2, 3)),
         "max_failures": rng.choice((0, 1, 2, 3, -1)),
@@ -808,7 +808,7 @@ def broken(variant: Variant) -> tuple[Any, type[World]]:
         other = _switched(variant)
         log = _execute(true_rules.__name__, _source(true_rules.__name__), {"faultguard._core.budget": other})
         return log, World
-    return true_rules, _switched(variant).World  # type: ignore[no-any-return]
+    return true_rules, _switched(variant).World
 
 
 def _switched(variant: Variant) -> ModuleType:

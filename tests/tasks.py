@@ -91,7 +91,7 @@ def manager_pid() -> int:
     while True:
         try:
             return int(ray.get(faultguard.manager().hello.remote(PROTOCOL, settings.store_id, settings.run), timeout=30)["pid"])
-        except ray.exceptions.ActorDiedError:  # noqa: PERF203 - asking again is the point; the handle of one that was not to be restarted
+        except ray.exceptions.ActorDiedError:
             forget(settings)
         except ray.exceptions.ActorUnavailableError:
             time.sleep(0.05)
@@ -167,15 +167,17 @@ def expected(n: int) -> tuple[int, list[int]]:
 
 
 def assert_never_behind(trace: Trace, worker: str) -> None:
-    """Every attempt began at or above the newest batch that had been acknowledged before it."""
+    """Every attempt began at or above the newest batch that had been acknowledged before it: to it, or by the store."""
     acknowledged, attempt = 0, 0
     for note in trace.notes(worker=worker):
-        if note["what"] == "ack":
+        if note["what"] in {"ack", "write"}:
             acknowledged = max(acknowledged, note["batch"])
-        elif note["what"] == "batch" and note["attempt"] != attempt:
-            assert note["attempt"] > attempt, f"an earlier attempt goes on beside its successor: {note}"
-            attempt = note["attempt"]
-            assert note["batch"] >= acknowledged, f"attempt {attempt} began at {note['batch']}, {acknowledged} were durable"
+        elif note["what"] == "batch":
+            if note["attempt"] != attempt:
+                assert note["attempt"] > attempt, f"an earlier attempt goes on beside its successor: {note}"
+                attempt = note["attempt"]
+                assert note["batch"] >= acknowledged, f"attempt {attempt} began at {note['batch']}, {acknowledged} were durable"
+            acknowledged = max(acknowledged, note.get("durable", 0))
 
 
 def records(run: faultguard.Run, task: str, worker: str) -> list[Record]:

@@ -127,13 +127,6 @@ def test_what_cannot_recover_is_refused_at_decoration(name: str, bare: bool) -> 
     assert str(caught.value).startswith("@")
 
 
-@pytest.mark.filterwarnings("ignore:num_returns='dynamic' is deprecated")
-def test_a_task_of_many_results_is_refused() -> None:
-    """The old way to write a generator, too."""
-    with pytest.raises(UsageError, match=r"@ray.remote\(num_returns='dynamic'\) on a recoverable task is refused: a generator"):
-        faultguard.recoverable(ray.remote(num_returns="dynamic")(train))  # type: ignore[call-overload]
-
-
 OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"max_failures": -2}, "max_failures=-2 is refused; it takes the number of failures to survive: 0 for none, -1 for any number"),
     ({"max_failures": 2.5}, "max_failures=2.5 is refused"),

@@ -1006,7 +1006,7 @@ def test_a_swallowed_supersession_is_raised_again(worker: Worker) -> None:
         for outer in old.batches(range(3), name="outer"):
             try:
                 inside(outer)
-            except SupersededError as error:  # noqa: PERF203 - so do bodies that must not stop
+            except SupersededError as error:
                 swallowed.append((outer, old.position, error.token))
 
     with pytest.raises(SupersededError):  # by the outer loop itself, at last

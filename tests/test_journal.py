@@ -50,6 +50,7 @@ class Flaky:
         self.url = store.url
         self.creates = 0
         self.broken = False
+        self.errors = 0  # so many calls fail
         self.mute = False  # creates take place, and nothing is answered
         self.deletes = True
         self.gate: threading.Event | None = None  # creates wait for it
@@ -85,7 +86,8 @@ class Flaky:
         self._store.delete(key)
 
     def _answer(self) -> None:
-        if self.broken:
+        self.errors -= 1
+        if self.broken or self.errors >= 0:
             raise CheckpointStoreError("the disk is full")
 
 
@@ -226,13 +228,42 @@ def test_an_unanswered_save_is_no_successor(store: Store) -> None:
 
 
 @pytest.mark.usefixtures("inline")
-def test_an_unanswered_end_is_the_end(store: Store) -> None:
+@pytest.mark.parametrize("kind", ["retry", "end"])
+def test_a_record_that_the_worker_needs_is_insisted_on(store: Store, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A store that fails for a moment, just when an attempt ends, does not cost the work of hours."""
+    monkeypatch.setattr(_journal, "STORE_RETRY_S", 0.0)
+    flaky = Flaky(store)
+    worker = Worker(flaky)
+    attempt = worker.attempt()
+    advance(attempt, 2)
+    flaky.errors = 5
+    if kind == "end":
+        attempt.complete()
+    else:
+        attempt.fail()
+    assert [record.kind for record in worker.records()] == ["claim", "save", "save", "end" if kind == "end" else "claim"]
+    assert batch_of(worker) == 2
+
+
+@pytest.mark.usefixtures("inline")
+def test_a_process_that_leaves_does_not_insist(store: Store) -> None:
+    """Whoever is told to leave has no time: the store is asked once."""
+    flaky = Flaky(store)
+    attempt = Worker(flaky).attempt()
+    flaky.broken = True
+    with pytest.raises(CheckpointStoreError):
+        attempt.journal.leave(Ended("terminated", charged=False))
+
+
+@pytest.mark.usefixtures("inline")
+def test_an_unanswered_end_is_the_end(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     """An outcome whose create got no answer can be recorded again; it stands in the log once."""
     flaky = Flaky(store)
     worker = Worker(flaky)
     attempt = worker.attempt()
     advance(attempt)
     snapshot = attempt.ckpt.finish()
+    monkeypatch.setattr(_journal, "STORE_PATIENCE_S", 0.0)
     flaky.mute = True
     with pytest.raises(CheckpointStoreError):
         attempt.journal.end(Outcome("completed"), snapshot)

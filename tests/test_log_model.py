@@ -14,7 +14,19 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_sta
 
 from faultguard._core.names import record_name, record_number
 from faultguard.storage.local import LocalStore
-from tests.model import CAUSES, CREATE_FAULTS, MAX_INCARNATIONS, OLD_LISTINGS, RARE, VARIANTS, Incarnation, World, broken, find, random_world
+from tests.model import (
+    CAUSES,
+    CREATE_FAULTS,
+    MAX_INCARNATIONS,
+    OLD_LISTINGS,
+    RARE,
+    VARIANTS,
+    Incarnation,
+    World,
+    broken,
+    find,
+    random_world,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -71,7 +83,12 @@ class LogMachine(RuleBasedStateMachine):
     world: World
 
     @initialize(
-        batches=st.integers(3, 12), keep=st.sampled_from((2, 3)), failures=st.integers(0, 3), every=st.integers(1, 2), named=st.booleans(), wait=st.booleans()
+        batches=st.integers(3, 12),
+        keep=st.sampled_from((2, 3)),
+        failures=st.integers(0, 3),
+        every=st.integers(1, 2),
+        named=st.booleans(),
+        wait=st.booleans(),
     )
     def begin(self, batches: int, keep: int, failures: int, every: int, named: bool, wait: bool) -> None:
         """A new worker, and its first incarnation."""

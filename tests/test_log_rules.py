@@ -11,11 +11,28 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from faultguard._core import log as true_rules
-from faultguard._core.log import Claimant, Create, Delete, Finished, Get, Granted, List, Refused, Reply, claim, load, may_claim
-from faultguard._core.log import retain, retry_record, save, superfluous, superseded
+from faultguard._core.log import (
+    Claimant,
+    Create,
+    Delete,
+    Finished,
+    Get,
+    Granted,
+    List,
+    Refused,
+    Reply,
+    claim,
+    load,
+    may_claim,
+    retain,
+    retry_record,
+    save,
+    superfluous,
+    superseded,
+)
 from faultguard._core.records import Ended, FailureRecord, Mark, Outcome, Owner, Record, Snapshot, decode_record, encode_record
 from faultguard.errors import AmbiguousReplyError, CheckpointCorruptError, CheckpointStoreError
-from tests.model import VARIANTS, Incarnation, Violation, World, broken, random_world
+from tests.model import VARIANTS, Incarnation, World, broken, random_world
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
@@ -23,6 +40,16 @@ if TYPE_CHECKING:
 ME = Owner("w1", task_id="t1", ray_attempt=0, epoch=1)
 FAILURE = FailureRecord("exception", 1, 0)
 DONE = Outcome("completed", recorded=True, value=msgspec.Raw(b"1"))
+
+
+def replace_owner(owner: Owner, **changes: Any) -> Owner:
+    """A copy with some fields changed."""
+    return msgspec.structs.replace(owner, **changes)
+
+
+def replace_failure(cause: str) -> FailureRecord:
+    """Another failure."""
+    return msgspec.structs.replace(FAILURE, cause=cause)
 
 
 # --- stories: schedules in a world that checks all guarantees --------------------------------------------------------
@@ -273,8 +300,8 @@ def successor_deletes(world: World, number: int) -> None:
 
 # Each with the switched line under which it ends badly, and how.
 STORIES: dict[str, tuple[Callable[[World], None], str, str]] = {
-    "four incarnations": (four_incarnations, "any record taken for one's own", "G3: save 3 was created after claim 3"),
-    "successor cleans up": (successor_cleans_up, "claims deleted by retention", "G3: .* changes what is loaded"),
+    "four incarnations": (four_incarnations, "any record taken for one's own", "G1: .* record 3 is durable, and it was never created"),
+    "successor cleans up": (successor_cleans_up, "claims deleted by retention", "G3: save 2 was created after claim 2"),
     "lost claim is cleared": (lost_claim_is_cleared, "own lost claim removed", "G3: save 2 was created after claim 3"),
     "gap and old listing": (gap_and_old_listing, "no second listing", "G1: claim 2 resumes at 0"),
     "lost reply and retention": (lost_reply_and_retention, "blind re-create", "G3: save 3 was created after claim 4"),
@@ -313,3 +340,387 @@ def test_stories_end_badly_under_broken_rules(name: str) -> None:
     _, variant, violation = STORIES[name]
     with pytest.raises(AssertionError, match=violation):
         tell(name, *broken(VARIANTS[variant]))
+
+
+# --- procedures, one at a time, over a dict --------------------------------------------------------------------------
+
+
+class Store:
+    """The records of one log, without faults; `replies` overrides what creates answer."""
+
+    def __init__(self, *records: Record, replies: tuple[Reply, ...] = ()) -> None:
+        self.records = {record.number: encode_record(record) for record in records}
+        self.asked: list[Any] = []
+        self._replies = list(replies)
+
+    def __getitem__(self, number: int) -> Record:
+        record = decode_record(self.records[number], number)
+        assert record is not None
+        return record
+
+    def run(self, procedure: Generator[Any, Any, Any]) -> Any:
+        """Carry a procedure out."""
+        reply: Any = None
+        try:
+            while True:
+                op = procedure.send(reply)
+                self.asked.append(op)
+                reply = self._answer(op)
+        except StopIteration as stop:
+            return stop.value
+
+    def _answer(self, op: Any) -> Any:
+        match op:
+            case Create(number, data):
+                absent = number not in self.records
+                if self._replies:
+                    return self._replies.pop(0)
+                self.records.setdefault(number, data)
+                return Reply.CREATED if absent else Reply.EXISTS
+            case Get(number):
+                return self.records.get(number)
+            case List():
+                return sorted(self.records)
+            case Delete(number):
+                self.records.pop(number, None)
+        return None
+
+    def damage(self, number: int) -> None:
+        """Flip a bit."""
+        data = bytearray(self.records[number])
+        data[len(data) // 2] ^= 1
+        self.records[number] = bytes(data)
+
+
+def record(number: int, kind: str = "save", **fields: Any) -> Record:
+    """A record of attempt 1 of task t1."""
+    common = {"task": "task", "worker_id": "w", "owner": ME, "saved_at": 0.0, "life": 1, "attempt": 1, "token": 1}
+    return Record(kind=kind, number=number, **{**common, **fields})  # type: ignore[arg-type]
+
+
+def snapshot(done: int) -> Snapshot:
+    """The state after `done` batches."""
+    return Snapshot(state=msgspec.Raw(b'{"n":%d}' % done), loops=((Mark("batches", done),),), work_s=float(done))
+
+
+def claimant(task: str = "t1", attempt: int = 0, *, epoch: int = 1, retry: int = 0, **options: Any) -> Claimant:
+    """Who asks; every one is a process of its own."""
+    owner = Owner(f"w-{task}-{attempt}-{retry}-{epoch}", task_id=task, ray_attempt=attempt, local_retry=retry, epoch=epoch)
+    return Claimant(owner, "task", "w", **{"max_failures": 2, **options})
+
+
+def held_by(store: Store, me: Claimant) -> Any:
+    """What the claim of `me` is granted."""
+    answer = store.run(claim(me, 0.0))
+    assert isinstance(answer, Granted), answer
+    return answer.held
+
+
+CLAIM = record(5, "claim", token=5, owner=Owner("w9", task_id="t1", ray_attempt=1, local_retry=2, epoch=3))
+LEFT = record(6, token=5, owner=CLAIM.owner, ended=Ended("left", charged=False))
+COMPLETED = record(6, "end", owner=CLAIM.owner, outcome=DONE)
+FAILED = record(6, "end", owner=CLAIM.owner, outcome=Outcome("failed"))
+
+
+@pytest.mark.parametrize(
+    ("head", "me", "expected"),
+    [
+        (None, claimant(), "claim"),
+        (CLAIM, claimant(attempt=2, epoch=3), "claim"),
+        (CLAIM, claimant(attempt=1, retry=3, epoch=3), "claim"),
+        (CLAIM, claimant(attempt=1, retry=2, epoch=3), "wait"),
+        (CLAIM, claimant(attempt=1, retry=1, epoch=3), "refuse"),
+        (CLAIM, claimant(attempt=0, retry=9, epoch=3), "refuse"),
+        (LEFT, claimant(attempt=1, retry=2, epoch=3), "claim"),
+        (LEFT, claimant(attempt=0, epoch=3), "refuse"),
+        (CLAIM, claimant("t2", epoch=3), "wait"),
+        (CLAIM, claimant("t2", epoch=3, gone=5), "claim"),
+        (CLAIM, claimant("t2", epoch=3, gone=4), "wait"),
+        (LEFT, claimant("t2", epoch=3), "claim"),
+        (CLAIM, claimant("t2", epoch=4), "claim"),
+        (CLAIM, claimant("t2", epoch=2), "refuse"),
+        (LEFT, claimant("t2", epoch=2), "refuse"),
+        (CLAIM, claimant("t2", epoch=1, always=True), "claim"),
+        (COMPLETED, claimant(attempt=7, epoch=3), "outcome"),
+        (COMPLETED, claimant(attempt=0, epoch=3), "outcome"),
+        (COMPLETED, claimant("t2", epoch=3), "claim"),
+        (COMPLETED, claimant("t2", epoch=3, named_run=True), "outcome"),
+        (COMPLETED, claimant("t2", epoch=2, named_run=True), "outcome"),
+        (COMPLETED, claimant("t2", epoch=1, always=True), "claim"),
+        (FAILED, claimant(attempt=7, epoch=3), "outcome"),
+        (FAILED, claimant("t2", epoch=3), "claim"),
+        (FAILED, claimant("t2", epoch=4, named_run=True), "claim"),
+        (FAILED, claimant("t2", epoch=2), "refuse"),
+        (CLAIM, replace(claimant(), owner=replace_owner(CLAIM.owner, ray_attempt=0)), "claim"),
+    ],
+)
+def test_who_may_claim(head: Record | None, me: Claimant, expected: str) -> None:
+    """One task is ordered by Ray's attempts, tasks by who is known gone, drivers by epoch; an end gives its outcome or a start."""
+    assert may_claim(head, me) == expected
+
+
+def test_what_the_ends_of_attempts_cost() -> None:
+    """A crash is charged once, by the next claim; a note charges what it says; the history says what happened."""
+    store = Store()
+    first = held_by(store, claimant())
+    store.run(save(first, snapshot(1), 0.0))
+    second = held_by(store, claimant(attempt=1, max_failures=9))
+    assert (second.charged, [failure.cause for failure in second.failures], second.attempt) == (1, ["crash"], 2)
+    assert second.failures[0].batch == 1
+    store.run(save(second, None, 0.0, ended=Ended("terminated", charged=False)))
+    third = held_by(store, claimant(attempt=2, max_failures=9))
+    assert (third.charged, third.attempt, third.durable) == (1, 3, snapshot(1))
+    left = replace_failure("CudaError")
+    store.run(save(third, None, 0.0, ended=Ended("exception", charged=True), failure=left))
+    fourth = held_by(store, claimant(attempt=3, max_failures=9))
+    assert (fourth.charged, fourth.failures[-1]) == (2, left)
+    assert store.run(retry_record(fourth, None, FAILURE, 0.0))
+    assert (fourth.charged, fourth.attempt, fourth.token, fourth.owner.local_retry) == (3, 5, fourth.last, 1)
+    fifth = held_by(store, claimant(attempt=4, max_failures=9))
+    assert (fifth.charged, [failure.cause for failure in fifth.failures]) == (4, ["crash", "CudaError", "exception", "crash"])
+
+
+def test_the_budget_ends_in_an_outcome_with_the_last_state() -> None:
+    """The claim that finds the budget spent records the failure, with the state; a new task then has a new budget and that state."""
+    store = Store()
+    held = held_by(store, claimant(max_failures=0))
+    store.run(save(held, snapshot(3), 0.0))
+    ended = store.run(claim(claimant(attempt=1, max_failures=0), 0.0))
+    assert (ended.now, ended.record.kind, ended.record.outcome.status, ended.record.charged) == (True, "end", "failed", 1)
+    assert store.run(claim(claimant(attempt=2, max_failures=0), 0.0)) == Finished(ended.record)
+    answer = store.run(claim(claimant("t2", max_failures=0), 0.0))
+    assert (answer.held.charged, answer.held.failures, answer.held.attempt, answer.held.life) == (0, (), 1, 1)
+    assert answer.snapshot == snapshot(3)
+
+
+def test_no_limit_survives_any_number_of_crashes() -> None:
+    """max_failures=-1."""
+    store = Store()
+    for attempt in range(200):
+        held = held_by(store, claimant(attempt=attempt, max_failures=-1))
+    assert (held.charged, len(held.failures)) == (199, 100)
+
+
+def test_a_completed_worker_begins_a_new_life_in_an_unnamed_run() -> None:
+    """Another task starts afresh, without the state and the failures of the life before; its claim points to nothing."""
+    store = Store()
+    held = held_by(store, claimant())
+    store.run(retry_record(held, snapshot(1), FAILURE, 0.0))
+    store.run(save(held, snapshot(2), 0.0, outcome=DONE))
+    answer = store.run(claim(claimant("t2"), 0.0))
+    assert (answer.held.life, answer.held.attempt, answer.held.charged, answer.snapshot) == (2, 1, 0, None)
+    assert store.run(claim(claimant("t3", named_run=True, gone=answer.held.token), 0.0)).held.life == 2
+
+
+def test_a_claim_never_points_to_a_claim_without_a_state() -> None:
+    """Through any number of attempts that saved nothing, the claim names the record with the state."""
+    store = Store()
+    store.run(save(held_by(store, claimant()), snapshot(1), 0.0))
+    for attempt in range(1, 4):
+        held = held_by(store, claimant(attempt=attempt, max_failures=9))
+        assert (store[held.token].points_to, held.durable) == (2, snapshot(1))
+
+
+def test_a_refused_attempt_leaves_no_trace() -> None:
+    """An old attempt that wakes up late writes nothing."""
+    store = Store()
+    held_by(store, claimant(attempt=1))
+    before = dict(store.records)
+    assert isinstance(store.run(claim(claimant(attempt=0), 0.0)), Refused)
+    assert store.records == before
+
+
+def test_only_the_first_listing_of_a_claim_may_be_old() -> None:
+    """Every other listing has to show all creates that took place before it."""
+    store = Store(replies=(Reply.AMBIGUOUS,))
+    held = held_by(store, claimant())
+    store.run(save(held, snapshot(1), 0.0))
+    store.run(superseded(held))
+    first, *others = (op.may_be_stale for op in store.asked if isinstance(op, List))
+    assert (first, any(others), len(others)) == (True, False, 4)
+
+
+@pytest.mark.parametrize("reply", [Reply.AMBIGUOUS, Reply.EXISTS])
+def test_a_create_that_is_never_answered_is_given_up(reply: Reply) -> None:
+    """After five tries the caller is told that nobody knows; the record stays to be settled."""
+    store = Store()
+    held = held_by(store, claimant())
+    store._replies = [reply] * 5
+    with pytest.raises(AmbiguousReplyError):
+        store.run(save(held, snapshot(1), 0.0))
+    assert (held.last, held.unanswered.number) == (1, 2)
+    assert store.run(save(held, snapshot(2), 0.0))
+    assert (store[2].snapshot, store[3].snapshot, held.unanswered) == (snapshot(1), snapshot(2), None)
+
+
+LAST_WORDS: dict[str, Callable[[Any], Generator[Any, Any, bool]]] = {
+    "retry": lambda held: retry_record(held, snapshot(1), FAILURE, 0.0),
+    "leave": lambda held: save(held, snapshot(1), 0.0, ended=Ended("exception", charged=True), failure=FAILURE),
+    "fail": lambda held: save(held, None, 0.0, ended=Ended("exception", charged=True), failure=FAILURE, outcome=Outcome("failed")),
+    "complete": lambda held: save(held, snapshot(1), 0.0, outcome=DONE),
+    "save": lambda held: save(held, snapshot(1), 0.0),
+}
+
+
+@pytest.mark.parametrize("word", LAST_WORDS)
+@pytest.mark.parametrize("landed", [True, False])
+def test_said_again_after_an_error_it_counts_once(word: str, landed: bool) -> None:
+    """Whatever got no answer may be asked for again: one record, one charge, whether or not the first try had arrived."""
+    store = Store()
+    held = held_by(store, claimant())
+    procedure = LAST_WORDS[word](held)
+    sent = next(procedure)
+    assert isinstance(sent, Create)
+    procedure.close()  # the store raised
+    if landed:
+        store.records[sent.number] = sent.data
+    assert store.run(LAST_WORDS[word](held))
+    assert sorted(store.records) == [1, 2]
+    assert (held.last, held.charged, store[2].charged) == (2, store[2].charged, 0 if word in {"save", "complete"} else 1)
+
+
+def test_a_settled_retry_is_taken_over_whole() -> None:
+    """A claim of a retry that arrives late is the holder's, whatever it writes next: its token, charge and order go on from there."""
+    store = Store()
+    held = held_by(store, claimant())
+    procedure = retry_record(held, snapshot(1), FAILURE, 0.0)
+    store.records[2] = next(procedure).data  # type: ignore[union-attr] # it is a Create
+    procedure.close()
+    assert store.run(save(held, snapshot(2), 0.0))
+    assert (store[3].token, store[3].charged, store[3].attempt, store[3].owner.local_retry) == (2, 1, 2, 1)
+
+
+def test_superseded_looks_for_others_only() -> None:
+    """Somebody above: yes. Nobody, or one's own late record: no."""
+    store = Store()
+    held = held_by(store, claimant())
+    assert not store.run(superseded(held))
+    procedure = save(held, snapshot(1), 0.0)
+    store.records[2] = next(procedure).data  # type: ignore[union-attr] # it is a Create
+    procedure.close()
+    assert not store.run(superseded(held))
+    held_by(store, claimant(attempt=1))
+    assert store.run(superseded(held))
+
+
+# --- deleting --------------------------------------------------------------------------------------------------------
+
+KINDS = st.dictionaries(st.integers(1, 30), st.sampled_from(("save", "inline", "claim", "end", "damaged")), max_size=20)
+
+
+@given(KINDS, st.integers(0, 4))
+def test_retention_counts_what_holds_a_state(known: dict[int, str], keep: int) -> None:
+    """The newest `keep` intact holders stay (at least two), claims and ends always; everything below them goes, oldest first."""
+    gone = superfluous(known, keep)
+    holders = sorted(number for number, kind in known.items() if kind in {"save", "inline"})
+    kept = holders[-max(keep, 2) :]
+    assert gone == sorted(gone)
+    assert {known[number] for number in gone} <= {"save", "damaged"}
+    assert not set(gone) & set(kept)
+    left = [number for number in holders if known[number] == "save" and number not in gone]
+    assert len(left) <= max(keep, 2)
+    assert len(holders) > max(keep, 2) or not gone
+
+
+def test_retention_reads_what_others_wrote_before_it_deletes() -> None:
+    """Records of earlier attempts may be claims or hold a state inline; only their saves go, and what is gone already is no matter."""
+    store = Store()
+    first = held_by(store, claimant())
+    for done in (1, 2):
+        store.run(save(first, snapshot(done), 0.0))
+    store.run(retry_record(first, snapshot(3), FAILURE, 0.0))
+    store.run(save(first, snapshot(4), 0.0))
+    second = held_by(store, claimant(attempt=1, max_failures=9))
+    del store.records[2]
+    for done in (5, 6):
+        store.run(save(second, snapshot(done), 0.0))
+        store.run(retain(second, 2))
+    assert sorted(store.records) == [1, 4, 6, 7, 8]
+    assert sorted(second.known) == [1, 2, 4, 6, 7, 8]
+
+
+# --- loading ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seeds", [range(150)], ids=["150 worlds"])
+def test_one_damaged_record_costs_at_most_its_own_batches(seeds: range) -> None:
+    """With any one record damaged, the newest intact state of its life is loaded, whatever the log has lived through."""
+    checked = 0
+    for seed in seeds:
+        world = random_world(seed)
+        for number in world.records:
+            store = Store()
+            store.records = dict(world.records)
+            store.damage(number)
+            checked += check_load(store)
+    assert checked > 1000
+
+
+def check_load(store: Store) -> bool:
+    """Load a log that has a damaged record, and compare with what is there."""
+    intact = [found for number, data in sorted(store.records.items()) if (found := decode_record(data, number)) is not None]
+    try:
+        loaded = store.run(load(sorted(store.records)))
+    except CheckpointCorruptError:
+        assert not [found for found in intact if found.life == intact[-1].life and found.snapshot is not None]
+        return False
+    assert loaded.head == (intact[-1] if intact else None)
+    states = [found.snapshot for found in intact if found.life == intact[-1].life and found.snapshot is not None]
+    assert loaded.snapshot == (states[-1] if states else None)
+    return True
+
+
+def test_a_damaged_pointer_never_means_a_fresh_start() -> None:
+    """A claim says that there is a state; if the only one is damaged or gone, that is an error, not zero."""
+    for ruin in ("damage", "remove"):
+        store = Store()
+        store.run(save(held_by(store, claimant()), snapshot(1), 0.0))
+        held_by(store, claimant(attempt=1))
+        if ruin == "damage":
+            store.damage(2)
+        else:
+            del store.records[2]
+        with pytest.raises(CheckpointCorruptError, match="damaged" if ruin == "damage" else "gone"):
+            store.run(claim(claimant(attempt=2), 0.0))
+        assert max(store.records) == 3
+
+
+def test_a_state_of_an_earlier_life_is_never_loaded() -> None:
+    """A new life whose only save is damaged does not go on from the life before."""
+    store = Store()
+    store.run(save(held_by(store, claimant()), snapshot(7), 0.0, outcome=DONE))
+    second = held_by(store, claimant("t2"))
+    store.run(save(second, snapshot(1), 0.0))
+    store.damage(4)
+    answer = store.run(claim(claimant("t2", 1), 0.0))
+    assert (answer.snapshot, answer.damaged, answer.held.life) == (None, (4,), 2)
+
+
+class BusyStore(Store):
+    """A log whose holder saves, and deletes what is old, between any two requests of the one that reads."""
+
+    def __init__(self, rounds: int) -> None:
+        super().__init__()
+        self.holder = held_by(self, claimant())
+        self.run(save(self.holder, snapshot(1), 0.0))
+        self.rounds = rounds
+        self._busy = False
+
+    def _answer(self, op: Any) -> Any:
+        if isinstance(op, Get) and not self._busy and self.rounds:
+            self.rounds -= 1
+            self._busy = True
+            for done in range(3):
+                self.run(save(self.holder, snapshot(done), 0.0))
+                self.run(retain(self.holder, 2))
+            self._busy = False
+        return super()._answer(op)
+
+
+def test_a_busy_log_is_not_a_damaged_one() -> None:
+    """A reader that is outrun by a living holder more than five times goes on reading; nothing is damaged."""
+    store = BusyStore(rounds=20)
+    assert store.run(claim(claimant(attempt=1), 0.0)).snapshot == snapshot(2)
+    endless = BusyStore(rounds=1000)
+    with pytest.raises(CheckpointStoreError, match="replaced by newer records"):
+        endless.run(claim(claimant(attempt=1), 0.0))

@@ -39,7 +39,7 @@ def test_attempt_number_grows_and_task_id_stays(tmp_path: Path) -> None:
 def test_driver_and_worker_are_told_apart() -> None:
     """`init` belongs into the driver, and only there."""
     assert _ray.is_driver()
-    assert not ray.get(ray.remote(lambda: _ray.is_driver()).remote())
+    assert not ray.get(ray.remote(_ray.is_driver).remote())
 
 
 def test_key_value_store_carries_settings_to_tasks() -> None:
