@@ -524,22 +524,24 @@ def test_checkpointed_in_a_plain_task(run: faultguard.Run, trace: Trace) -> None
         assert trace.begins(worker)[1] >= 4
 
 
-class _Loader:
-    """A synchronous actor."""
+def make_loader() -> Any:
+    """A class made here travels by value; workers cannot import this file."""
 
-    def load(self, worker_id: str, n: int, trace: Trace, deaths: dict[int, str]) -> Any:
-        """Go through the batches."""
-        with faultguard.checkpointed(worker_id, every=1) as ckpt:
-            work(ckpt, n, trace, deaths)
-            return result(ckpt)
+    class Loader:
+        """A synchronous actor."""
 
+        def load(self, worker_id: str, n: int, trace: Trace, deaths: dict[int, str]) -> Any:
+            """Go through the batches."""
+            with faultguard.checkpointed(worker_id, every=1) as ckpt:
+                work(ckpt, n, trace, deaths)
+                return result(ckpt)
 
-Loader: Any = ray.remote(max_restarts=1, num_cpus=0.5)(_Loader)
+    return ray.remote(max_restarts=1, num_cpus=0.5)(Loader)
 
 
 def test_checkpointed_in_an_actor(run: faultguard.Run, trace: Trace) -> None:
     """In a method of an actor the next call goes on, after an exception and after the actor died and was restarted."""
-    actor = Loader.remote()
+    actor = make_loader().remote()
     deaths = {3: "exception", 6: "SIGKILL"}
     with pytest.raises(ValueError, match="planned"):
         get(actor.load.remote("w", 9, trace, deaths))
