@@ -41,10 +41,17 @@ class Violation(AssertionError):  # noqa: N818 - it is what a test looks for
 class Backend(Protocol):
     """A real store, driven beside the model: its answers must be the same."""
 
-    def create(self, number: int, data: bytes) -> bool: ...
-    def get(self, number: int) -> bytes | None: ...
-    def numbers(self) -> list[int]: ...
-    def delete(self, number: int) -> None: ...
+    def create(self, number: int, data: bytes) -> bool:
+        """Create a record if it is absent: whether this call did."""
+
+    def get(self, number: int) -> bytes | None:
+        """The bytes of a record."""
+
+    def numbers(self) -> list[int]:
+        """All records, sorted."""
+
+    def delete(self, number: int) -> None:
+        """Delete a record, which may be absent."""
 
 
 # --- what was promised ----------------------------------------------------------------------------------------------
@@ -89,7 +96,7 @@ class Ledger:
     promises: list[Promise] = field(default_factory=list)
     completed: dict[int, bytes] = field(default_factory=dict)  # per life: the value that was recorded
     failed_ends: list[tuple[int, int]] = field(default_factory=list)  # (life, landed): each refills the budget of what follows
-    excused: list[tuple[int, int]] = field(default_factory=list)  # (life, landed) of uncharged ends
+    excused: list[tuple[int, int, int]] = field(default_factory=list)  # (life, landed, token) of uncharged ends
     heads: list[tuple[int, str]] = field(default_factory=list)  # (landed, task) of every record that was the newest
 
     def grant(self, new: Grant) -> None:
@@ -132,7 +139,8 @@ class Ledger:
     def _check_budget(self, new: Grant) -> None:
         since = max((landed for life, landed in self.failed_ends if life == new.life and landed < new.landed), default=-1)
         begun = sum(old.life == new.life and since < old.landed <= new.landed for old in self.grants)
-        excused = sum(life == new.life and since < landed < new.landed for life, landed in self.excused)
+        tokens = {old.number for old in self.grants}
+        excused = sum(life == new.life and since < landed < new.landed and token in tokens for life, landed, token in self.excused)
         if 0 <= self.max_failures < begun - excused - 1:
             raise Violation(f"G5: {begun} attempts began, {excused} were excused, max_failures is {self.max_failures}")
 
@@ -199,8 +207,8 @@ class Incarnation:
         self.go_on()
 
     def fail(self) -> None:
-        """The user's code raises, perhaps in the middle of a batch."""
-        if self.phase == "running":
+        """The user's code raises, perhaps in the middle of a batch; or the store did, when the outcome was to be recorded."""
+        if self.phase == "running" or (self.phase == "ending" and self.job is None):
             self.phase = "failing"
             self.go_on()
 
@@ -220,6 +228,11 @@ class Incarnation:
         if self.phase in {"claiming", "blocked"} and self.job is None:
             self.phase, self.gone = "claiming", gone
             self._start(self._claim())
+
+    def give_back(self) -> None:
+        """Cut while it claims: note in the log that nothing was begun, if the claim stands."""
+        if self.phase == "claiming" and self.job is None:
+            self._start(self._give_back())
 
     def die(self) -> None:
         """SIGKILL; what it sent may still arrive."""
@@ -250,6 +263,7 @@ class Incarnation:
                 raise Violation(f"{self.name} is told that {answer.damaged} are damaged, and nothing is")
             self.held = answer.held
             self._begin(answer.snapshot)
+            world.began(self)
         elif kind == "Finished":
             outcome = answer.record.outcome
             self._end(f"is given the outcome {outcome.status} of life {answer.record.life}")
@@ -262,6 +276,15 @@ class Incarnation:
             world.say(f"{self.name}: blocked by record {answer.head.number}")
         else:
             self._end(f"is refused by record {answer.head.number}")
+
+    def _give_back(self) -> Generator[Any, Any, None]:
+        rules = self.world.rules
+        numbers = yield rules.List()
+        data = (yield rules.Get(max(numbers))) if numbers else None
+        head = decode_record(data, max(numbers)) if data is not None else None
+        if head is not None and head.kind == "claim" and head.owner.writer == self.name:
+            yield from rules.give_back(head, self.world.clock, Ended("cancelled", charged=False))
+        self._end("gives its claim back")
 
     def _save(self, snapshot: Snapshot) -> Generator[Any, Any, None]:
         world = self.world
@@ -284,8 +307,10 @@ class Incarnation:
             saved = yield from world.rules.save(self.held, self._flush(), world.clock, ended=ended, failure=failure, outcome=outcome)
             self._end("has failed for good") if saved else self._superseded()
         elif (yield from world.rules.retry_record(self.held, self._flush(), failure, world.clock)):
-            world.promised(self, self.held.last)
             self._begin(self.held.durable)
+            if self.held.known[self.held.last] != "end":  # else it has arrived after all: this one only finds nothing left to do
+                world.promised(self, self.held.last)
+                world.began(self)
         else:
             self._superseded()
 
@@ -321,8 +346,7 @@ class Incarnation:
     def _begin(self, snapshot: Snapshot | None) -> None:
         self.resumed_at = self.done = self.a = self.b = check_whole(snapshot)
         self.newest = None
-        self.phase = "running"
-        self.world.began(self)
+        self.phase = "running" if self.done < self.world.batches else "ending"
 
     def _superseded(self) -> None:
         if not any(old.record.owner.writer != self.name and old.record.number > self.held.token for old in self.world.landed):
@@ -460,7 +484,7 @@ class World:
         last = self.start("driver")
         for _ in range(200):
             last.step()
-            if last.phase in {"over", "running"}:
+            if last.phase in {"over", "running", "ending"}:
                 return
         raise Violation(f"{last.name} does not get anywhere, it is {last.phase}")
 
@@ -527,8 +551,10 @@ class World:
         if number <= newest:  # in a gap: nobody goes by it
             return
         self.ledger.heads.append((now, record.owner.task_id))
+        if record.life in self.ledger.completed:
+            raise Violation(f"G4: record {number} comes after the outcome of life {record.life}")
         if record.ended is not None and not record.ended.charged:
-            self.ledger.excused.append((record.life, now))
+            self.ledger.excused.append((record.life, now, record.token))
         if record.outcome is not None and record.outcome.status == "failed":
             self.ledger.failed_ends.append((record.life, now))
         if record.outcome is not None and record.outcome.status == "completed":
@@ -690,8 +716,12 @@ def _live(world: World, rng: random.Random) -> None:
 def _one_step(one: Incarnation, rng: random.Random, weather: Weather) -> str:
     """Let it do one thing; returns the fault that it met."""
     fault = ""
-    if one.job is None and one.phase in {"claiming", "blocked"}:
+    if one.job is None and one.phase == "claiming" and rng.random() < 0.5:
+        one.give_back()
+    elif one.job is None and one.phase in {"claiming", "blocked"}:
         one.claim_again(gone=one.gone if rng.random() < 0.7 else 0)
+    elif one.job is None and one.phase == "ending" and rng.random() < weather.failures:
+        one.fail()
     elif one.can_work and (one.job is None or rng.random() < 0.3):
         if rng.random() < weather.failures:
             one.fail() if rng.random() < 0.7 else one.leave(rng.choice(CAUSES))
@@ -769,6 +799,16 @@ VARIANTS = {
         "faultguard._core.log",
         "return bool(found == data)",
         "return True",
+    ),
+    "outcome after an outcome": Variant(
+        "faultguard._core.log",
+        'if held.known.get(held.last) == "end":',
+        "if False:",
+    ),
+    "retry after an outcome": Variant(
+        "faultguard._core.log",
+        'if (settled is not None and settled.kind == "claim") or held.known.get(held.last) == "end":',
+        'if settled is not None and settled.kind == "claim":',
     ),
     "second create believed at once": Variant(
         "faultguard._core.log",

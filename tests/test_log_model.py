@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 SCHEDULES = int(os.environ.get("FAULTGUARD_SCHEDULES", "8000"))
 BOUND = SCHEDULES // 4  # within which a broken variant must be caught; the true rules live through four times as many
 INDEX = st.integers(0, MAX_INCARNATIONS - 1)
-ACTS = ("run",) * 8 + ("start",) * 4 + ("claim again", "land", "work", "fail", "leave", "check", "die")
+ACTS = ("run",) * 8 + ("start",) * 4 + ("claim again", "land", "work", "fail", "leave", "check", "die", "give_back")
 EASY = {
     "budget reset by a crash",
     "claims deleted by retention",
@@ -90,7 +90,7 @@ class LogMachine(RuleBasedStateMachine):
         named=st.booleans(),
         wait=st.booleans(),
     )
-    def begin(self, batches: int, keep: int, failures: int, every: int, named: bool, wait: bool) -> None:
+    def begin(self, *, batches: int, keep: int, failures: int, every: int, named: bool, wait: bool) -> None:
         """A new worker, and its first incarnation."""
         self.world = self.new_world(batches=batches, keep=keep, max_failures=failures, every=every, named=named, wait=wait)
         self.world.start()
@@ -122,7 +122,7 @@ class LogMachine(RuleBasedStateMachine):
             one.leave(CAUSES[steps % len(CAUSES)])
         elif act == "land":
             self.world.land(index)
-        elif act in {"work", "fail", "check", "die"}:
+        elif act in {"work", "fail", "check", "die", "give_back"}:
             getattr(one, act)()
 
     def run(self, one: Incarnation, steps: int, fault: str, cut: float) -> None:

@@ -49,6 +49,7 @@ MAX_CLAIM_TRIES = 64
 MAX_CREATE_TRIES = 5
 MAX_RELISTINGS = 5  # that show nothing new
 MAX_LOAD_TRIES = 64
+MAX_READ_AT_ONCE = 32
 MIN_KEEP = 2  # one damaged record must not cost everything
 
 
@@ -570,9 +571,10 @@ def _create(number: int, data: bytes, *, again: bool = False) -> Generator[Op, A
 def superfluous(known: dict[int, str], keep: int) -> list[int]:
     """Which records may go, oldest first: all but the newest `keep` that hold a state; claims and ends never.
 
-    Counted, not computed from numbers: between two saves there may be any number of claims.
+    Counted, not computed from numbers: between two saves there may be any number of claims. What was not read yet stays, and
+    does not count.
     """
-    holders = sorted(number for number, kind in known.items() if kind in {"save", "inline", "unknown", "damaged"})
+    holders = sorted(number for number, kind in known.items() if kind in {"save", "inline", "damaged"})
     valid = [number for number in holders if known[number] != "damaged"]
     if len(valid) <= max(keep, MIN_KEEP):
         return []
@@ -581,8 +583,12 @@ def superfluous(known: dict[int, str], keep: int) -> list[int]:
 
 
 def retain(held: Held, keep: int) -> Generator[Op, Any, None]:
-    """Delete what the newest durable save made superfluous. What another attempt wrote is read first: it may be a claim."""
-    for number in [number for number, kind in held.known.items() if kind == "unknown"]:
+    """Delete what the newest durable save made superfluous. What another attempt wrote is read first: it may be a claim.
+
+    Newest first, and not all at once: claims stay for ever, and the next save must not wait until hundreds of them are read.
+    """
+    unread = sorted((number for number, kind in held.known.items() if kind == "unknown"), reverse=True)
+    for number in unread[: max(MAX_READ_AT_ONCE, 4 * keep)]:
         held.known[number] = yield from _classify(number)
     for number in superfluous(held.known, keep):
         yield Delete(number)
