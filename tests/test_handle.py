@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections import deque
@@ -14,7 +15,8 @@ import ray
 
 from faultguard import _handle
 from faultguard._checkpointed import checkpointed
-from faultguard._core.records import Ended, Outcome
+from faultguard._core.records import Ended, FailureRecord, Outcome
+from faultguard._core.schedule import Schedule
 from faultguard._handle import Checkpoint
 from faultguard._session import TaskContext, entered
 from faultguard.errors import (
@@ -469,6 +471,8 @@ def named(name: str, module: str, **attributes: Any) -> Any:
         ("text", "batches(str) is refused: its batches would be single characters; pass a list of items, such as text.splitlines()"),
         (b"bytes", "batches(bytes) is refused: its batches would be single characters"),
         (bytearray(b"bytes"), "batches(bytearray) is refused"),
+        ({1, 2}, "batches(set) is refused: a set has another order in every process; pass sorted(items)"),
+        (frozenset("ab"), "batches(frozenset) is refused"),
         ({"a": 1}, "batches(dict) is refused: a mapping gives only its keys; pass list(mapping.items())"),
         (named("DataFrame", "pandas.core.frame"), "batches(DataFrame) is refused: a data frame gives only the names of its columns"),
         (named("LazyFrame", "polars.lazyframe"), "pass a range over its rows, or a list of slices"),
@@ -989,9 +993,19 @@ def test_a_new_life_has_new_keys() -> None:
 # --- superseded, and over -------------------------------------------------------------------------------------------
 
 
-def test_a_swallowed_supersession_is_raised_again(worker: Worker) -> None:
+class Drowsy(Schedule):
+    """Looks at nothing unless it is woken."""
+
+    def boundary(self, now: float, batches: int = 1) -> bool:
+        """Sleep on."""
+        self.look_at = math.inf
+        return False
+
+
+@pytest.mark.parametrize("schedule", [Schedule(1, 0.0), Drowsy("auto", 0.0)], ids=["busy", "drowsy"])
+def test_a_swallowed_supersession_is_raised_again(worker: Worker, schedule: Schedule) -> None:
     """The body cannot get past it: each later boundary raises it again, its batch does not count, and nothing is written."""
-    old = worker.attempt(state={"n": 0}).ckpt
+    old = worker.attempt(state={"n": 0}, schedule=schedule).ckpt
     swallowed = []
 
     def inside(outer: int) -> None:
@@ -1054,6 +1068,16 @@ def test_a_handle_is_refused_after_its_end(worker: Worker) -> None:
     assert worker.numbers() == numbers
 
 
+def test_a_loop_that_outlives_its_attempt_is_told(worker: Worker) -> None:
+    """A generator that somebody kept from an attempt that failed stops at its next batch, whatever the schedule."""
+    attempt = worker.attempt(schedule=Drowsy("auto", 0.0))
+    loop = attempt.ckpt.batches(range(5))
+    assert [next(loop), next(loop)] == [0, 1]
+    attempt.fail()
+    with pytest.raises(UsageError, match=r"batches\(\) on the handle of worker 'w0' attempt 1 is refused: the attempt is over"):
+        next(loop)
+
+
 def test_a_block_in_memory_is_over_at_its_end() -> None:
     """What is refused in a cluster is refused in a unit test, too."""
     with entered(TaskContext(Checkpoint.in_memory())), checkpointed("other", state={"n": 1}) as ckpt:
@@ -1099,14 +1123,21 @@ def test_a_block_needs_an_id_or_a_task() -> None:
         pass
 
 
-def test_an_end_excludes_every_later_write(worker: Worker) -> None:
-    """What the writer still had in hand when the outcome was recorded stays unwritten: nothing comes after the end."""
+@pytest.mark.parametrize("kind", ["end", "leave", "retry"])
+def test_the_last_record_excludes_every_later_write(worker: Worker, kind: str) -> None:
+    """What the writer still had in hand when the attempt ended stays unwritten: nothing of it comes after its last record."""
     attempt = worker.attempt(every=10**6)
     for _ in attempt.ckpt.batches(range(3)):
         pass
     attempt.journal.offer(attempt.ckpt.finish(), time.monotonic() + 3600)
-    attempt.journal.end(Outcome("completed"), attempt.ckpt.finish())
+    last: dict[str, Callable[[], None]] = {
+        "end": lambda: attempt.journal.end(Outcome("completed"), attempt.ckpt.finish()),
+        "leave": lambda: attempt.journal.leave(Ended("terminated", charged=False)),
+        "retry": lambda: attempt.journal.retry(FailureRecord("exception", 1, 3)),
+    }
+    last[kind]()
+    numbers = worker.numbers()
+    attempt.journal.offer(attempt.ckpt.finish(), time.monotonic() + 3600)
     assert attempt.journal.write_due(time.monotonic() + 7200) > time.monotonic() + 7200
-    attempt.journal.offer(attempt.ckpt.finish(), 0.0)
     attempt.journal.leave(Ended("terminated", charged=False))
-    assert [record.kind for record in worker.records()] == ["claim", "end"]
+    assert worker.numbers() == numbers == [1, 2]

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import uuid
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from faultguard import errors
-from faultguard.errors import CheckpointStoreError, FaultguardError, StalledError, UsageError
+from faultguard import _attempt, _beater, _ray, errors
+from faultguard._attempt import TaskOptions, Work, run_task
+from faultguard._settings import Settings
+from faultguard.errors import CheckpointStoreError, FaultguardError, MaxFailuresExceeded, StalledError, UsageError
 from faultguard.policy import Backoff, check_matcher, verdict
+from faultguard.storage import open_store, store_id
 
 if TYPE_CHECKING:
     from faultguard.policy import Matcher
@@ -137,3 +141,91 @@ def test_trouble_of_the_world_is_retried(kind: type[FaultguardError]) -> None:
 def test_the_two_kinds_that_are_retried() -> None:
     """Nothing becomes retryable by accident."""
     assert {kind.__name__ for kind in RETRIED_OF_OURS} == {"StalledError", "CheckpointStoreError", "AmbiguousReplyError"}
+
+
+# --- the waits of a task --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The seconds that tasks wait before their retries; nobody really waits, and nobody beats."""
+    found: list[float] = []
+    monkeypatch.setattr(_attempt._Task, "_sleep", lambda _, seconds: found.append(seconds))
+    monkeypatch.setattr(_beater, "register", lambda _: None)
+    monkeypatch.setattr(_beater, "unregister", lambda _: None)
+    return found
+
+
+def fail_times(n: int, error: Exception, max_failures: int, **options: Any) -> str:
+    """Run a task, without a cluster, that fails `n` times."""
+    url = "memory://policy"
+    settings = Settings("run", url, store_id(open_store(url)), "01")
+    failures = iter(range(n))
+
+    def body() -> str:
+        if next(failures, None) is not None:
+            raise error
+        return "done"
+
+    identity = _ray.Identity("01", "node", uuid.uuid4().hex, 0, "task", "task")
+    chosen = TaskOptions("task", max_failures, **options)
+    return str(run_task(settings, identity, chosen, uuid.uuid4().hex, Work(body, repeatable=True)))
+
+
+def test_without_jitter_the_waits_grow_to_their_maximum(waits: list[float]) -> None:
+    """Initial * factor ** (failures - 1), and never more than maximum."""
+    backoff = Backoff(initial=0.5, factor=3, maximum=10, jitter=False)
+    assert fail_times(5, ValueError("x"), 5, backoff=backoff) == "done"
+    assert waits == [0.5, 1.5, 4.5, 10, 10]
+
+
+def test_with_jitter_the_waits_are_spread_below_that(waits: list[float]) -> None:
+    """Each wait is drawn evenly between 0 and what it would be without jitter."""
+    backoff = Backoff(initial=2, factor=5, maximum=30)
+    for _ in range(100):
+        assert fail_times(3, ValueError("x"), 3, backoff=backoff) == "done"
+    for place, bound in enumerate([2, 10, 30]):
+        drawn = sorted(waits[place::3])
+        assert 0 <= drawn[0] < 0.25 * bound < 0.75 * bound < drawn[-1] <= bound
+
+
+def test_a_very_long_history_does_not_overflow(waits: list[float]) -> None:
+    """A power too large for a float is still the maximum."""
+    assert fail_times(400, ValueError("x"), -1, backoff=Backoff(initial=1, factor=10, maximum=7, jitter=False)) == "done"
+    assert waits[-1] == 7
+
+
+def test_a_predicates_wait_is_taken_as_it_is(waits: list[float]) -> None:
+    """Neither jitter nor maximum touch it."""
+
+    def wait(error: BaseException) -> timedelta:
+        return timedelta(minutes=30)
+
+    assert fail_times(2, ValueError("x"), 2, retry_on=wait, backoff=Backoff(maximum=1)) == "done"
+    assert waits == [1800, 1800]
+
+
+def test_the_budget_is_not_waited_for(waits: list[float]) -> None:
+    """`max_failures` waits for `max_failures + 1` attempts, and none after the last."""
+    with pytest.raises(MaxFailuresExceeded) as caught:
+        fail_times(9, ValueError("x"), 2, backoff=Backoff(initial=0))
+    assert isinstance(caught.value, ValueError)
+    assert [failure.attempt for failure in caught.value.failures] == [1, 2, 3]
+    assert waits == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("error", "options"),
+    [
+        (ValueError("mine"), {"retry_on": OSError}),
+        (ValueError("mine"), {"give_up_on": ValueError}),
+        (ValueError("mine"), {"retry_on": lambda _: False}),
+        (UsageError("ours"), {}),
+    ],
+)
+def test_what_is_not_retried_arrives_as_itself(waits: list[float], error: Exception, options: dict[str, Any]) -> None:
+    """At once, and as the user raised it."""
+    with pytest.raises(type(error)) as caught:
+        fail_times(9, error, 5, **options)
+    assert caught.value is error
+    assert waits == []

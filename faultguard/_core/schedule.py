@@ -77,7 +77,7 @@ class Schedule:
     def boundary(self, now: float, batches: int = 1) -> bool:
         """`batches` more are done: whether to encode a snapshot."""
         self._batches += batches
-        take = now >= self._snapshot_at or bool(self._every and self._batches >= self._every)
+        take = now >= min(self._snapshot_at, self._next_interval()) or bool(self._every and self._batches >= self._every)
         self._look()
         return take
 
@@ -86,8 +86,8 @@ class Schedule:
         self._encode_cost = _smooth(self._encode_cost, cost_s)
         self._snapshot_at = now + self._encode_cost / COST_SHARE
         due = self._write_due(now)
-        if self._interval is not None and now < due:
-            self._snapshot_at = min(self._snapshot_at, due)
+        if due <= now and self._interval is not None:
+            self._last_write = now  # it is about to be: until then no boundary is due because of time
         self._look()
         return due
 
@@ -103,12 +103,16 @@ class Schedule:
             self._batches = 0
             return now
         if self._interval is not None:
-            return self._last_write + self._interval
+            return self._next_interval()
         auto = min(self._write_cost / COST_SHARE, MAX_AUTO_INTERVAL_S)
         return self._last_write + max(auto, self._min_interval)
 
+    def _next_interval(self) -> float:
+        """When the user's interval asks for a write, and so for a snapshot, whatever encoding costs."""
+        return self._last_write + self._interval if self._interval is not None else math.inf
+
     def _look(self) -> None:
-        self.look_at = NOW if self._every else self._snapshot_at
+        self.look_at = NOW if self._every else min(self._snapshot_at, self._next_interval())
 
 
 def snapshot_to_flush(newest: Snapshot | None, durable: Snapshot | None) -> Snapshot | None:
