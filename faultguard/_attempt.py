@@ -10,6 +10,7 @@ import contextlib
 import logging
 import os
 import sys
+import threading
 import time
 import traceback
 import uuid
@@ -197,7 +198,7 @@ def _open(
     if granted.damaged:
         _say_damaged(handle, granted.damaged)
     if granted.held.attempt > 1 and granted.held.failures:
-        _say_resumed(handle, granted.held, me.max_failures)
+        _say_resumed(handle, granted.held, me.max_failures, beside=True)
     return OpenWorker(settings, identity, journal, handle)
 
 
@@ -537,7 +538,12 @@ def _poison_batch(failures: tuple[FailureRecord, ...]) -> int | None:
 # --- saying ---------------------------------------------------------------------------------------------------------
 
 
-def _say_resumed(handle: Checkpoint, held: rules.Held, max_failures: int, wait_s: float = 0.0) -> None:
+def _emit_beside(*args: Any, **fields: Any) -> None:
+    """Log from a thread of its own: in a new process the first event imports structlog, and the first batch need not wait for that."""
+    threading.Thread(target=_events.emit, args=args, kwargs=fields, name="faultguard-event", daemon=True).start()
+
+
+def _say_resumed(handle: Checkpoint, held: rules.Held, max_failures: int, wait_s: float = 0.0, *, beside: bool = False) -> None:
     """One line per failure and resume, ids first: Ray folds lines that are alike."""
     failure = held.failures[-1]
     of = "" if max_failures < 0 else f" of {max_failures + 1}"
@@ -548,7 +554,8 @@ def _say_resumed(handle: Checkpoint, held: rules.Held, max_failures: int, wait_s
     how = f"with {failure.message}" if failure.message else f"by {failure.cause} (pid {failure.pid})"
     when = f" {ago:.1f} s ago" if failure.cause != "crash" else ""
     after = f", after a wait of {wait_s:.1f} s" if wait_s >= LONG_WAIT_S else ""
-    _events.emit(
+    emit = _emit_beside if beside else _events.emit
+    emit(
         logging.WARNING,
         "faultguard.attempt_resumed",
         f"'{handle.task}/{handle.worker_id}' attempt {held.attempt}{of} resumes at {where}{after}: attempt {failure.attempt} failed "

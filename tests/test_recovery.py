@@ -14,6 +14,7 @@ import ray
 
 import faultguard
 from faultguard import MaxFailuresExceeded
+from tests.conftest import CPUS
 from tests.tasks import (
     KINDS,
     NOWAIT,
@@ -22,7 +23,9 @@ from tests.tasks import (
     Trace,
     assert_never_behind,
     doomed,
+    end_manager,
     expected,
+    manager_pid,
     records,
     result,
     wait_until,
@@ -340,6 +343,43 @@ def test_cancel_during_the_wait(run: faultguard.Run, trace: Trace) -> None:
     newest = records(run, "waits_long", "w")[-1]
     assert newest.ended is not None
     assert newest.ended.cause == "cancelled"
+
+
+def fails_once(wait_s: float) -> Any:
+    """A task that takes all the processors of the cluster, fails, and waits for its retry."""
+
+    @faultguard.recoverable(max_failures=1, backoff=faultguard.Backoff(initial=wait_s, jitter=False))
+    @ray.remote(num_cpus=CPUS)
+    def waits(worker_id: str, trace: Trace) -> int:
+        attempt = faultguard.current().attempt
+        trace.note("batch", worker_id, attempt=attempt, batch=0)
+        if attempt == 1:
+            raise ValueError("planned")
+        return attempt
+
+    return waits.options(worker_id="w")
+
+
+def test_a_wait_lends_its_processors(run: faultguard.Run, trace: Trace) -> None:
+    """While a worker waits for its retry, others have its processors."""
+    manager_pid()  # it is there; to start it takes a part of the wait
+    ref = fails_once(6).remote("w", trace)
+    wait_until(lambda: trace.notes("batch", "w"))
+    assert get(doomed_task(0).remote("other", trace, ["done"])) == 1
+    assert get(ref) == 2
+    times = [trace.notes("batch", worker)[0]["time"] for worker in ("w", "other")]
+    assert times[0] < times[1] < trace.notes("batch", "w")[1]["time"]
+
+
+def test_a_wait_outlives_the_manager(run: faultguard.Run, trace: Trace) -> None:
+    """When the manager dies during a wait, the rest of it is slept."""
+    manager_pid()
+    ref = fails_once(2).remote("w", trace)
+    wait_until(lambda: trace.notes("batch", "w"))
+    end_manager()
+    assert get(ref) == 2
+    first, second = (note["time"] for note in trace.notes("batch", "w"))
+    assert second - first >= 2
 
 
 # --- identity -------------------------------------------------------------------------------------------------------
