@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["Journal"]
 
 STORE_RETRY_S = 1.0
+TIDY_DELAY_S = 0.1  # deleting beside the loop disturbs its next save: seldom, and several at once
 STORE_PATIENCE_S = 60.0  # how long a store may fail before the loop is told; nothing durable is lost meanwhile
 
 
@@ -53,6 +54,8 @@ class Journal:
         self._due = math.inf
         self._failing_since: float | None = None
         self._error: CheckpointStoreError | None = None
+        self._tidy_at = math.inf  # when to delete what the saves have made superfluous
+        self._tidied_s = 0.0  # processor time that deleting took since the last save
         self._served = False
         self._closed = False  # the last record of this attempt is written: whatever is pending must not come after it
 
@@ -63,14 +66,10 @@ class Journal:
             self._schedule.look_at = NOW  # the schedule may just have looked the other way
         elif due < self._due and self._failing_since is None:  # else the store is asked again soon enough
             self._due = due
-            if self._served:
-                _writer.wake()
-            else:
-                self._served = True
-                _writer.add(self)
+            self._call_writer()
 
     def write(self, snapshot: Snapshot) -> None:
-        """Write a snapshot now, on this thread; durable on return.
+        """Write a snapshot now, on this thread; durable on return. What that makes superfluous goes beside it.
 
         Raises:
             SupersededError: a later attempt owns the worker.
@@ -78,23 +77,27 @@ class Journal:
         """
         self._newest = snapshot
         with self._lock:
+            tidy = self._tidy_at == math.inf
             self._write_newest()
+        if tidy and self._tidy_at < math.inf:
+            self._call_writer()
         self.raise_if_superseded()
 
     def write_due(self, now: float) -> float:
-        """On the writer thread: write the newest snapshot if it is due. Returns when to come again."""
-        if now < self._due:
-            return self._due
-        with self._lock:
-            self._due = math.inf
-            try:
-                self._write_newest()
-            except CheckpointStoreError as error:
-                self._due = now + STORE_RETRY_S
-                self._trouble(error, now)
-            else:
-                self._failing_since = self._error = None
-        return self._due
+        """On the writer thread: write the newest snapshot if it is due, delete what is superfluous. Returns when to come again."""
+        if now >= self._due:
+            with self._lock:
+                self._due = math.inf
+                try:
+                    self._write_newest()
+                except CheckpointStoreError as error:
+                    self._due = now + STORE_RETRY_S
+                    self._trouble(error, now)
+                else:
+                    self._failing_since = self._error = None
+        if now >= self._tidy_at:
+            self._tidy()
+        return min(self._due, self._tidy_at)
 
     def raise_trouble(self) -> None:
         """At a boundary: tell the loop what the writer learned.
@@ -164,6 +167,8 @@ class Journal:
         if self._served:
             self._served = False
             _writer.remove(self)
+        if self._tidy_at < math.inf and self._failing_since is None:
+            self._tidy()
 
     @property
     def newest(self) -> Snapshot | None:
@@ -177,9 +182,11 @@ class Journal:
             return
         started = time.thread_time()
         self._outcome_of(self.log.run(rules.save(self.held, snapshot, time.time())))
+        now = time.monotonic()
         if not self.superseded:
-            self._clean_up()
-        self._schedule.written(time.monotonic(), time.thread_time() - started)
+            self._tidy_at = min(self._tidy_at, now + TIDY_DELAY_S)
+        self._schedule.written(now, time.thread_time() - started + self._tidied_s)
+        self._tidied_s = 0.0
 
     def _last(self, saved: bool) -> None:  # noqa: FBT001 - the answer of the rules
         """Under the lock: that was the last record of this attempt."""
@@ -191,9 +198,22 @@ class Journal:
             self.superseded = True
             self._schedule.look_at = NOW
 
-    def _clean_up(self) -> None:
+    def _call_writer(self) -> None:
+        if self._served:
+            _writer.wake()
+        else:
+            self._served = True
+            _writer.add(self)
+
+    def _tidy(self) -> None:
+        """Delete what is superfluous. The deletes need no lock: a save on the thread of the loop need not wait for them."""
+        started = time.thread_time()
         try:
-            self.log.run(rules.retain(self.held, self.keep))
+            with self._lock:
+                self._tidy_at = math.inf
+                numbers = self.log.run(rules.retention(self.held, self.keep))
+            self.log.run(rules.discard(self.held, numbers))
+            self._tidied_s += time.thread_time() - started
         except CheckpointStoreError as error:  # the save is durable; what could not be deleted is tried again after the next one
             fields = {"worker_id": self.held.worker_id, "task": self.held.task, "error": str(error)}
             _events.emit(logging.WARNING, "faultguard.retention_failed", f"old checkpoints could not be deleted: {error}", **fields)

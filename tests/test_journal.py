@@ -36,10 +36,11 @@ def store(tmp_path: Path) -> Store:
     return open_store(str(tmp_path))
 
 
-@pytest.fixture
-def inline(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is due is written on the thread of the loop."""
-    write_inline(monkeypatch)
+@pytest.fixture(autouse=True)
+def inline(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is due is written on the thread of the loop, except in the tests of the thread."""
+    if "short_park" not in request.fixturenames:
+        write_inline(monkeypatch)
 
 
 class Flaky:
@@ -157,7 +158,6 @@ def test_a_delete_that_fails_costs_nothing(store: Store, caplog: pytest.LogCaptu
 # --- a store that fails ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("inline")
 def test_a_store_that_fails_for_a_while_is_lived_through(store: Store, caplog: pytest.LogCaptureFixture) -> None:
     """One warning, the loop goes on, and when the store is back the newest snapshot is saved."""
     flaky = Flaky(store)
@@ -182,7 +182,6 @@ def test_a_store_that_fails_for_a_while_is_lived_through(store: Store, caplog: p
     assert len(caplog.records) == 1
 
 
-@pytest.mark.usefixtures("inline")
 def test_a_store_that_fails_is_not_asked_at_every_boundary(store: Store) -> None:
     """A failed write is tried again after a second, not with every batch."""
     flaky = Flaky(store)
@@ -194,7 +193,6 @@ def test_a_store_that_fails_is_not_asked_at_every_boundary(store: Store) -> None
     assert flaky.creates == before + 1
 
 
-@pytest.mark.usefixtures("inline")
 def test_patience_with_a_store_ends(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     """A loop whose checkpoints cannot be saved for too long is told at its next boundary (G7)."""
     flaky = Flaky(store)
@@ -227,7 +225,6 @@ def test_an_unanswered_save_is_no_successor(store: Store) -> None:
         attempt.ckpt.check()
 
 
-@pytest.mark.usefixtures("inline")
 @pytest.mark.parametrize("kind", ["retry", "end"])
 def test_a_record_that_the_worker_needs_is_insisted_on(store: Store, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A store that fails for a moment, just when an attempt ends, does not cost the work of hours."""
@@ -245,7 +242,6 @@ def test_a_record_that_the_worker_needs_is_insisted_on(store: Store, kind: str, 
     assert batch_of(worker) == 2
 
 
-@pytest.mark.usefixtures("inline")
 def test_a_process_that_leaves_does_not_insist(store: Store) -> None:
     """Whoever is told to leave has no time: the store is asked once."""
     flaky = Flaky(store)
@@ -255,7 +251,6 @@ def test_a_process_that_leaves_does_not_insist(store: Store) -> None:
         attempt.journal.leave(Ended("terminated", charged=False))
 
 
-@pytest.mark.usefixtures("inline")
 def test_an_unanswered_end_is_the_end(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     """An outcome whose create got no answer can be recorded again; it stands in the log once."""
     flaky = Flaky(store)

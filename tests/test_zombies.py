@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import pytest
 
 import faultguard
-from faultguard import _codec
+from faultguard import _codec, _journal
 from faultguard._core import log as rules
 from faultguard._core.names import encode_name
 from faultguard._core.records import Ended, Owner
@@ -153,6 +153,7 @@ class Incarnation:
         while not attempt.journal.superseded and durable_batch(attempt) != attempt.ckpt.current_batch:
             assert time.monotonic() < deadline, "the writer has no answer"
             time.sleep(POLL_S)
+        attempt.journal._tidy()
         return durable_batch(attempt)
 
     def durable(self, worker_id: str) -> object:
@@ -209,6 +210,7 @@ class Incarnation:
 def serve(descriptor: int) -> None:
     """Do what the tests ask, until they have nothing more to say; an error of ours is answered by its name."""
     incarnation: Incarnation | None = None
+    _journal.TIDY_DELAY_S = 1e6  # the tests look right after each batch, and want to know when it deletes
     with Connection(descriptor) as connection:
         while True:
             try:

@@ -35,10 +35,12 @@ __all__ = [
     "Refused",
     "Reply",
     "claim",
+    "discard",
     "give_back",
     "load",
     "may_claim",
     "retain",
+    "retention",
     "retry_record",
     "save",
     "superfluous",
@@ -583,16 +585,26 @@ def superfluous(known: dict[int, str], keep: int) -> list[int]:
 
 
 def retain(held: Held, keep: int) -> Generator[Op, Any, None]:
-    """Delete what the newest durable save made superfluous. What another attempt wrote is read first: it may be a claim.
+    """Find and delete what the newest durable save made superfluous."""
+    yield from discard(held, (yield from retention(held, keep)))
 
-    Newest first, and not all at once: claims stay for ever, and the next save must not wait until hundreds of them are read.
+
+def retention(held: Held, keep: int) -> Generator[Op, Any, list[int]]:
+    """What the newest durable save made superfluous, oldest first. What another attempt wrote is read first: it may be a claim.
+
+    Newest first, and not all at once: claims stay for ever, and nobody must wait until hundreds of them are read.
     """
     unread = sorted((number for number, kind in held.known.items() if kind == "unknown"), reverse=True)
     for number in unread[: max(MAX_READ_AT_ONCE, 4 * keep)]:
         held.known[number] = yield from _classify(number)
-    for number in superfluous(held.known, keep):
+    return superfluous(held.known, keep)
+
+
+def discard(held: Held, numbers: Iterable[int]) -> Generator[Op, Any, None]:
+    """Delete what `retention` found. At any time: it stays superfluous, whatever is saved or claimed meanwhile."""
+    for number in numbers:
         yield Delete(number)
-        del held.known[number]
+        held.known.pop(number, None)
 
 
 def _classify(number: int) -> Generator[Op, Any, str]:
