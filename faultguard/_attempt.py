@@ -377,9 +377,14 @@ class _Task:
         return value
 
     def _complete(self, value: Any) -> None:
-        """Record the outcome with the last state."""
-        snapshot = self._open.handle.finish()
-        self._journal.end(self._outcome(value), snapshot)
+        """Record the outcome with the last state; where the value would have to be computed again, with one that leads to it.
+
+        A function that returned from within a loop cannot give its value once that loop is done.
+        """
+        handle, outcome = self._open.handle, self._outcome(value)
+        again = handle.left_early and not outcome.recorded
+        snapshot = handle.finish()
+        self._journal.end(outcome, None if again else snapshot)
         self._open.close("completed")
 
     def _outcome(self, value: Any) -> Outcome:
@@ -547,10 +552,9 @@ def _say_resumed(handle: Checkpoint, held: rules.Held, max_failures: int, wait_s
     """One line per failure and resume, ids first: Ray folds lines that are alike."""
     failure = held.failures[-1]
     of = "" if max_failures < 0 else f" of {max_failures + 1}"
-    total = handle.restored_total
-    where = f"batch {handle.current_batch}" + (f" of {total}" if total is not None else "")
+    where = _place(handle.position, handle.restored_total)
     ago = max(time.time() - failure.time, 0.0)
-    there = "there" if failure.batch == handle.current_batch else f"at batch {failure.batch}"
+    there = "there" if failure.position == handle.position else f"at {_place(failure.position)}"
     how = f"with {failure.message}" if failure.message else f"by {failure.cause} (pid {failure.pid})"
     when = f" {ago:.1f} s ago" if failure.cause != "crash" else ""
     after = f", after a wait of {wait_s:.1f} s" if wait_s >= LONG_WAIT_S else ""
@@ -570,9 +574,15 @@ def _say_resumed(handle: Checkpoint, held: rules.Held, max_failures: int, wait_s
     )
 
 
+def _place(position: tuple[int, ...], total: int | None = None) -> str:
+    """A batch, as people name it: `batch 3 of 8`, in nested loops with where the outer ones are."""
+    batch = f"batch {position[-1] if position else 0}" + (f" of {total}" if total is not None else "")
+    return batch + (f" (position {', '.join(map(str, position))})" if len(position) > 1 else "")
+
+
 def _say_leaves(handle: Checkpoint, failure: FailureRecord) -> None:
     text = (
-        f"'{handle.task}/{handle.worker_id}' attempt {failure.attempt} failed at batch {failure.batch} with {failure.message}; a new "
+        f"'{handle.task}/{handle.worker_id}' attempt {failure.attempt} failed at {_place(failure.position)} with {failure.message}; a new "
         f"process goes on, because the arguments are too large, or hold references, to be kept for a retry in this one."
     )
     _events.emit(logging.WARNING, "faultguard.attempt_left", text, **handle.fields(), cause=failure.cause)

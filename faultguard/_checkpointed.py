@@ -145,6 +145,12 @@ class checkpointed:  # noqa: N801 - read as `with checkpointed(...)`
         opened = _attempt.open_worker(settings, identity, options, self._worker_id, max_failures=-1, local_retry=local_retry)
         if isinstance(opened, Finished):  # this task has finished the block before it failed: its loops are done
             record = opened.record
+            if (record.owner.ray_attempt, record.owner.local_retry) == (identity.attempt, local_retry):
+                msg = (
+                    f"a second block checkpointed({self._worker_id!r}) is refused: this attempt has ended the first one, and its loops are "
+                    f"done. Give each block an id of its own"
+                )
+                raise UsageError(msg)
             handle = Checkpoint.in_memory(
                 task=record.task, worker_id=record.worker_id, run=settings.run, snapshot=record.snapshot, state=self._state
             )

@@ -152,6 +152,12 @@ class Checkpoint:
     def _loop(self, iterable: Any, name: str, length: int | None, total: int | None) -> Iterator[Any]:
         """The generator behind `batches`. Between two batches it does next to nothing unless something is due."""
         cursors, schedule, clock, growing = self._cursors, self._schedule, time.monotonic, _codec.GROWING
+        if cursors.is_open and not cursors.in_hand:
+            msg = (
+                f"loop {name!r} is refused: advance() has counted the batch around it as done, and on resume the rest of the loop would be "
+                f"lost. Call advance() after the inner loop, or leave it out: batches() counts by itself"
+            )
+            raise UsageError(msg)
         loop, closed = cursors.open(name, length, total)
         scopes, stack, inside = cursors.scopes, cursors.stack, loop.depth + 1
         try:
@@ -289,10 +295,16 @@ class Checkpoint:
             UsageError: a batch is half done, and resuming there would count it twice.
         """
         self._check_open("save")
-        if self._cursors.in_hand or self._cursors.holds_back:
+        if self._cursors.in_hand:
             msg = (
                 "save() in the middle of a batch is refused: on resume the batch would run again on a state that has half of it. "
                 "Call advance() first if the batch is done, or leave saving to batches()"
+            )
+            raise UsageError(msg)
+        if self._cursors.holds_back:
+            msg = (
+                "save() after a loop that was left early is refused: on resume that loop would go on. It is over, and saved so, when the "
+                "next loop begins or the block ends"
             )
             raise UsageError(msg)
         if wait:
@@ -320,7 +332,8 @@ class Checkpoint:
                 raise UsageError(msg)
             tracked = tracker(name, source)
             if name in self._untracked:
-                tracked.restore(self._untracked.pop(name))
+                tracked.restore(self._untracked[name])
+                del self._untracked[name]
             self._tracked[name] = tracked
 
     def idempotency_key(self, suffix: str | None = None) -> str:
@@ -389,6 +402,11 @@ class Checkpoint:
         """The body is over without an exception: the last state, with every loop closed."""
         self._cursors.close_left()
         return self._snapshot()[0]
+
+    @property
+    def left_early(self) -> bool:
+        """Whether a loop was left by `break` or `return`, and none has followed it."""
+        return self._cursors.holds_back
 
     @property
     def depth(self) -> int:

@@ -180,7 +180,8 @@ def resolve_checkpoint_dir(given: str | os.PathLike[str] | None) -> str:
     if path is None:
         msg = f"{source}={chosen!r} is refused; it takes a directory, such as {source}='/shared/checkpoints'"
         raise UsageError(msg)
-    if any(part.startswith("session_") and _is_ray_session(path, index) for index, part in enumerate(path.parts)):
+    parts = path.resolve().parts
+    if any(part.startswith("session_") and _is_ray_session(Path(*parts[: index + 1])) for index, part in enumerate(parts)):
         msg = (
             f"{source}={text!r} is {path}, inside a session directory of Ray (`ray job submit` runs scripts there), which goes "
             f"with the cluster; give an absolute path outside of it"
@@ -191,18 +192,17 @@ def resolve_checkpoint_dir(given: str | os.PathLike[str] | None) -> str:
 
 def _absolute(text: object) -> Path | None:
     """A directory as an absolute path; None where the text names none."""
-    if not isinstance(text, str) or not text:
+    if not isinstance(text, str) or not text or "\0" in text:
         return None
     try:
-        return Path(text).expanduser().resolve()
-    except (ValueError, RuntimeError):  # a null byte; `~` of a user that does not exist
+        return Path(os.path.abspath(Path(text).expanduser()))  # noqa: PTH100 - a symlink may lead elsewhere on another node
+    except RuntimeError:  # `~` of a user that does not exist
         return None
 
 
-def _is_ray_session(path: Path, index: int) -> bool:
-    """Whether `path.parts[index]` is a session directory of Ray."""
-    session = Path(*path.parts[: index + 1])
-    return (session / "sockets").exists() or (session / "runtime_resources").exists() or path.parts[index] == "session_latest"
+def _is_ray_session(path: Path) -> bool:
+    """Whether `path` is a session directory of Ray."""
+    return (path / "sockets").exists() or (path / "runtime_resources").exists() or path.name == "session_latest"
 
 
 def checked_store(settings: Settings) -> Store:

@@ -633,12 +633,50 @@ def test_after_break_nothing_newer_is_saved(worker: Worker) -> None:
         if attempt.ckpt.current_batch == 2:
             break
     assert attempt.ckpt.durable_batch == 2
-    with pytest.raises(UsageError, match=r"save\(\) in the middle of a batch is refused"):
+    with pytest.raises(UsageError, match=r"save\(\) after a loop that was left early is refused"):
         attempt.ckpt.save()
     attempt.die()
     again = worker.attempt(state={"n": 0}).ckpt
     assert again.state == {"n": 2}
     assert list(again.batches(range(5))) == [2, 3, 4]
+
+
+def test_a_loop_that_was_left_is_not_saved_as_open(worker: Worker) -> None:
+    """Also if its last batch was done: on resume it would go on, and it is over as soon as something follows."""
+    attempt = worker.attempt(state={"n": 0})
+    for _ in attempt.ckpt.batches(range(5)):
+        attempt.ckpt.advance()
+        break
+    with pytest.raises(UsageError, match=r"save\(\) after a loop that was left early is refused"):
+        attempt.ckpt.save(wait=True)
+    for _ in attempt.ckpt.batches(range(2), name="following"):
+        break
+    attempt.die()
+    assert list(worker.attempt().ckpt.batches(range(5))) == []
+
+
+def test_a_loop_inside_of_a_batch_that_is_done_is_refused(worker: Worker) -> None:
+    """On resume the batch around it would not come again, and the rest of the inner loop would be lost."""
+    ckpt = worker.attempt().ckpt
+    for _ in ckpt.batches(range(3)):
+        ckpt.advance()
+        with pytest.raises(UsageError, match=r"loop 'steps' is refused: advance\(\) has counted the batch around it as done"):
+            next(iter(ckpt.batches(range(3), name="steps")))
+        break
+
+
+def test_where_a_nested_loop_was_left(worker: Worker) -> None:
+    """After an exception, and in the next attempt before any loop is opened, batch and position are those of the inner loop."""
+    attempt = worker.attempt()
+    with pytest.raises(ZeroDivisionError):
+        for _ in attempt.ckpt.batches(range(3), name="epochs"):
+            for step in attempt.ckpt.batches(range(4), name="steps"):
+                if attempt.ckpt.position == (1, 2):
+                    1 // (step - 2)
+    assert (attempt.ckpt.position, attempt.ckpt.current_batch) == ((1, 2), 2)
+    attempt.die()
+    again = worker.attempt().ckpt
+    assert (again.position, again.current_batch) == ((1, 2), 2)
 
 
 def test_a_following_loop_closes_one_that_was_left(worker: Worker) -> None:

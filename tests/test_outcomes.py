@@ -141,6 +141,76 @@ def test_a_result_that_cannot_be_recorded(settings: Settings, caplog: pytest.Log
     assert seen == [0, 1, 2, 3]
 
 
+@pytest.mark.parametrize("way", ["return", "break"])
+def test_a_result_from_within_a_loop_that_cannot_be_recorded(settings: Settings, way: str) -> None:
+    """What left its loop early goes through the rest of it again: with the loop done, it would never come to its `return`."""
+
+    def find() -> tuple[Opaque, int] | None:
+        ckpt = faultguard.current()
+        found = None
+        for batch in ckpt.batches(range(9)):
+            ckpt.state["sum"] = ckpt.state.get("sum", 0) + batch
+            if batch == 5:
+                found = Opaque(), ckpt.state["sum"]
+                if way == "return":
+                    return found
+                break
+        return found
+
+    first, again = (execute(settings, find, ray_attempt=attempt) for attempt in range(2))
+    assert first is not None
+    assert again is not None
+    assert first[1] == again[1] == 15
+
+
+def test_a_second_block_of_one_id_is_refused(settings: Settings) -> None:
+    """In one attempt it would yield nothing; in a retry the block that was finished is passed over."""
+    seen: list[tuple[str, int]] = []
+    failed: list[int] = []
+
+    def block(worker_id: str) -> None:
+        with faultguard.checkpointed(worker_id) as ckpt:
+            seen.extend((worker_id, batch) for batch in ckpt.batches(range(2)))
+
+    def blocks() -> None:
+        block("one")
+        if not failed:
+            failed.append(1)
+            raise ValueError("planned")
+        block("two")
+        block("two")
+
+    identity = _ray.Identity("01000000", "node", "task-1", 0, "count", "count")
+    options = _attempt.TaskOptions(name="count", max_failures=1, backoff=NOWAIT)
+    with pytest.raises(
+        faultguard.UsageError, match=r"a second block checkpointed\('two'\) is refused: this attempt has ended the first one"
+    ):
+        _attempt.run_task(settings, identity, options, "w", _attempt.Work(blocks, repeatable=True))
+    assert seen == [("one", 0), ("one", 1), ("two", 0), ("two", 1)]
+
+
+def test_a_failure_in_a_nested_loop_says_where(settings: Settings, caplog: pytest.LogCaptureFixture) -> None:
+    """Both the failure and the line about the resume name the batch of the inner loop, and where the outer one is."""
+    failed: list[int] = []
+
+    def nested() -> tuple[int, ...]:
+        ckpt = faultguard.current()
+        for epoch in ckpt.batches(range(3), name="epochs"):
+            for step in ckpt.batches(range(4), name="steps"):
+                if (epoch, step) == (1, 2) and not failed:
+                    failed.append(1)
+                    raise ValueError("planned")
+        (failure,) = ckpt.failures
+        return (failure.batch, *failure.position)
+
+    identity = _ray.Identity("01000000", "node", "task-1", 0, "count", "count")
+    options = _attempt.TaskOptions(name="count", max_failures=1, every=1, backoff=NOWAIT)
+    assert _attempt.run_task(settings, identity, options, "w", _attempt.Work(nested, repeatable=True)) == (2, 1, 2)
+    (warning,) = caplog.records
+    text = "attempt 2 of 2 resumes at batch 2 of 4 (position 1, 2): attempt 1 failed there"
+    assert text in warning.getMessage()
+
+
 def test_a_recorded_failure_is_given_again(settings: Settings) -> None:
     """A task that failed for good does not run again for the same task of Ray's: it gives the failures that were recorded."""
 

@@ -185,6 +185,13 @@ def test_a_session_directory_of_ray_is_refused(tmp_path: Path, monkeypatch: pyte
     assert resolve_checkpoint_dir(tmp_path / "outside") == str(tmp_path / "outside")
 
 
+def test_a_symlink_stays_one(tmp_path: Path) -> None:
+    """On another node it may lead elsewhere: to where that node has the shared disk."""
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    assert resolve_checkpoint_dir(tmp_path / "link" / "c") == str(tmp_path / "link" / "c")
+
+
 def test_the_latest_session_is_refused(tmp_path: Path) -> None:
     """Also by its other name, and before it is there."""
     with pytest.raises(UsageError, match="inside a session directory of Ray"):

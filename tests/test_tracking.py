@@ -228,6 +228,20 @@ def test_what_is_restored_and_not_tracked_yet_is_carried_on(worker: Worker) -> N
     assert {name: counter.value for name, counter in counters.items()} == {"early": 10, "late": 2}
 
 
+def test_a_restore_that_fails_loses_nothing(worker: Worker) -> None:
+    """The state that could not be given back stays in the checkpoints, for a program that can take it."""
+    attempt = worker.attempt()
+    attempt.ckpt.track(value=(lambda: 7, lambda _: None))
+    attempt.ckpt.advance(wait=True)
+    again = worker.attempt()
+    with pytest.raises(ZeroDivisionError):
+        again.ckpt.track(value=(lambda: 8, lambda _: 1 // 0))
+    again.ckpt.advance(wait=True)
+    restored: list[int] = []
+    worker.attempt().ckpt.track(value=(lambda: 9, restored.append))
+    assert restored == [7]
+
+
 def test_a_name_is_tracked_once(worker: Worker) -> None:
     """Two objects of one name could not both be restored."""
     ckpt = worker.attempt().ckpt

@@ -76,10 +76,21 @@ class Cursors:
 
     @property
     def innermost(self) -> Loop | None:
-        """The innermost open loop; where none is open, the last one of the outermost scope."""
+        """The last loop of `path`."""
+        path = self.path
+        return path[-1] if path else None
+
+    @property
+    def path(self) -> list[Loop]:
+        """The open loops, outer to inner; where none is open, those that were left last, by this attempt or the one before."""
         if self.stack:
-            return self.stack[-1]
-        return self.scopes[0][-1] if self.scopes and self.scopes[0] else None
+            return self.stack
+        path: list[Loop] = []
+        for scope in itertools.takewhile(bool, self.scopes):
+            path.append(scope[-1])
+            if scope[-1].finished or scope[-1].name == HAND_WRITTEN:
+                break
+        return path
 
     @property
     def around(self) -> Loop | None:
@@ -96,7 +107,7 @@ class Cursors:
 
     def done_in(self, marks: Marks) -> int:
         """Batches of the innermost loop that a checkpoint counts as done: none, if it is of another batch outside."""
-        path = self.stack or ([self.innermost] if self.innermost else [])
+        path = self.path
         done = 0
         for depth, loop in enumerate(path):
             mark = next((mark for scope in marks[depth : depth + 1] for mark in scope if mark.name == loop.name), None)
@@ -113,9 +124,7 @@ class Cursors:
     @property
     def position(self) -> tuple[int, ...]:
         """Batches done, outer to inner."""
-        if self.stack:
-            return tuple(loop.done for loop in self.stack)
-        return (self.innermost.done,) if self.innermost else ()
+        return tuple(loop.done for loop in self.path)
 
     @property
     def is_open(self) -> bool:
@@ -124,8 +133,8 @@ class Cursors:
 
     @property
     def holds_back(self) -> bool:
-        """Whether a loop was left in the middle of a batch, so that nobody knows yet whether that batch counts."""
-        return any(loop.in_hand and loop.left for scope in self.scopes for loop in scope)
+        """Whether a loop was left early, so that nobody knows yet whether it is over, and whether its batch in hand counts."""
+        return any(loop.left and not loop.finished for scope in self.scopes for loop in scope)
 
     @property
     def in_hand(self) -> bool:
