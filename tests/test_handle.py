@@ -668,11 +668,15 @@ def test_a_loop_inside_of_a_batch_that_is_done_is_refused(worker: Worker) -> Non
 def test_where_a_nested_loop_was_left(worker: Worker) -> None:
     """After an exception, and in the next attempt before any loop is opened, batch and position are those of the inner loop."""
     attempt = worker.attempt()
-    with pytest.raises(ZeroDivisionError):
+
+    def fails() -> None:
         for _ in attempt.ckpt.batches(range(3), name="epochs"):
-            for step in attempt.ckpt.batches(range(4), name="steps"):
+            for _ in attempt.ckpt.batches(range(4), name="steps"):
                 if attempt.ckpt.position == (1, 2):
-                    1 // (step - 2)
+                    raise ValueError("planned")
+
+    with pytest.raises(ValueError, match="planned"):
+        fails()
     assert (attempt.ckpt.position, attempt.ckpt.current_batch) == ((1, 2), 2)
     attempt.die()
     again = worker.attempt().ckpt

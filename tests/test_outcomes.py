@@ -109,10 +109,10 @@ def settings(tmp_path: Path) -> Settings:
     return Settings(run="run", checkpoint_dir=store.url, store_id=store_id(store), job_id="01000000")
 
 
-def execute(settings: Settings, function: Callable[[], Any], *, ray_attempt: int = 0) -> Any:
+def execute(settings: Settings, function: Callable[[], Any], *, ray_attempt: int = 0, max_failures: int = 0) -> Any:
     """Run a function as an attempt of one and the same task of Ray's."""
     identity = _ray.Identity("01000000", "node", "task-1", ray_attempt, "count", "count")
-    options = _attempt.TaskOptions(name="count", max_failures=0, every=1, backoff=NOWAIT)
+    options = _attempt.TaskOptions(name="count", max_failures=max_failures, every=1, backoff=NOWAIT)
     return _attempt.run_task(settings, identity, options, "w", _attempt.Work(function, repeatable=True))
 
 
@@ -180,12 +180,8 @@ def test_a_second_block_of_one_id_is_refused(settings: Settings) -> None:
         block("two")
         block("two")
 
-    identity = _ray.Identity("01000000", "node", "task-1", 0, "count", "count")
-    options = _attempt.TaskOptions(name="count", max_failures=1, backoff=NOWAIT)
-    with pytest.raises(
-        faultguard.UsageError, match=r"a second block checkpointed\('two'\) is refused: this attempt has ended the first one"
-    ):
-        _attempt.run_task(settings, identity, options, "w", _attempt.Work(blocks, repeatable=True))
+    with pytest.raises(faultguard.UsageError, match=r"a second block checkpointed\('two'\) is refused: this attempt has ended"):
+        execute(settings, blocks, max_failures=1)
     assert seen == [("one", 0), ("one", 1), ("two", 0), ("two", 1)]
 
 
@@ -203,9 +199,7 @@ def test_a_failure_in_a_nested_loop_says_where(settings: Settings, caplog: pytes
         (failure,) = ckpt.failures
         return (failure.batch, *failure.position)
 
-    identity = _ray.Identity("01000000", "node", "task-1", 0, "count", "count")
-    options = _attempt.TaskOptions(name="count", max_failures=1, every=1, backoff=NOWAIT)
-    assert _attempt.run_task(settings, identity, options, "w", _attempt.Work(nested, repeatable=True)) == (2, 1, 2)
+    assert execute(settings, nested, max_failures=1) == (2, 1, 2)
     (warning,) = caplog.records
     text = "attempt 2 of 2 resumes at batch 2 of 4 (position 1, 2): attempt 1 failed there"
     assert text in warning.getMessage()
