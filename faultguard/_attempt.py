@@ -6,6 +6,7 @@ and it stands in the log.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import os
@@ -525,8 +526,8 @@ def cause_of_leaving(error: BaseException) -> str:
     """What a note in the log calls the end of an attempt that `error` cuts."""
     if isinstance(error, Exception):
         return "exception"
-    if isinstance(error, KeyboardInterrupt):
-        return "cancelled"  # Ray's cancel, and nothing else, interrupts a task
+    if isinstance(error, (KeyboardInterrupt, asyncio.CancelledError)):
+        return "cancelled"  # Ray's cancel, and nothing else, interrupts a task, or a coroutine of an async actor
     if isinstance(error, SystemExit):
         return "terminated" if _ray.was_terminated(error) else "exit"
     return type(error).__name__

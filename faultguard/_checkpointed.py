@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from faultguard import _attempt, _ray, _session
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from faultguard._core.schedule import Every
+    from faultguard._settings import Settings
 
 __all__ = ["batches", "checkpointed", "current", "refuse_not_yet"]
 
@@ -37,7 +40,8 @@ class checkpointed:  # noqa: N801 - read as `with checkpointed(...)`
 
     In a decorated task, without an id or with the task's own, it is the handle of the task, to which the options then apply. With
     another id it is a worker of its own for heartbeats and checkpoints, while failures are charged to the task. In a task that is
-    not decorated it registers, beats, checkpoints and resumes, and whoever calls decides about retries.
+    not decorated it registers, beats, checkpoints and resumes, and whoever calls decides about retries. In methods of async actors
+    write `async with`.
 
     Args:
         worker_id: any text up to 512 bytes.
@@ -90,6 +94,35 @@ class checkpointed:  # noqa: N801 - read as `with checkpointed(...)`
 
     def __enter__(self) -> Checkpoint:
         """Claim the worker, or take the handle of the task."""
+        handle = self._without_claim()
+        return handle if handle is not None else self._enter(self._open(*self._place()))
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        """End the worker of the block, or hand the task's handle back."""
+        if self._entered is not None:
+            self._entered.__exit__(kind, error, traceback)
+        self._leave(error)
+
+    async def __aenter__(self) -> Checkpoint:
+        """As `with`, in methods of async actors: while the store, or another holder, is waited for, the other calls go on."""
+        handle = self._without_claim()
+        if handle is not None:
+            return handle
+        opening = asyncio.ensure_future(asyncio.to_thread(self._open, *self._place()))  # its place is known only in this coroutine
+        try:
+            return self._enter(await asyncio.shield(opening))
+        except asyncio.CancelledError as error:
+            await self._give_back(opening, error)
+            raise
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        """As at the end of `with`."""
+        if self._entered is not None:
+            self._entered.__exit__(kind, error, traceback)
+        await asyncio.shield(asyncio.to_thread(self._leave, error))
+
+    def _without_claim(self) -> Checkpoint | None:
+        """The handle where none has to be claimed: that of the task or block around, or one in memory."""
         task = _session.context()
         around = task
         while around is not None and self._worker_id not in {None, around.handle.worker_id}:
@@ -99,12 +132,16 @@ class checkpointed:  # noqa: N801 - read as `with checkpointed(...)`
         if task is not None and task.settings is None:
             handle = Checkpoint.in_memory(worker_id=self._worker_id or "direct", state=self._state)
             return self._enter(_session.TaskContext(handle, parent=task))
-        return self._enter(self._open(task))
+        return None
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        """End the worker of the block, or hand the task's handle back."""
-        if self._entered is not None:
-            self._entered.__exit__(kind, error, traceback)
+    async def _give_back(self, opening: asyncio.Future[Any], error: BaseException) -> None:
+        """Cancelled while the worker was claimed: the thread that does it cannot be stopped, and nobody will end the block."""
+        with contextlib.suppress(Exception):  # then there is nothing to give back
+            await opening
+        if self._opened is not None:
+            await asyncio.to_thread(self._end, self._opened, error)
+
+    def _leave(self, error: BaseException | None) -> None:
         if self._opened is not None:
             self._end(self._opened, error)
         elif error is None:
@@ -128,13 +165,18 @@ class checkpointed:  # noqa: N801 - read as `with checkpointed(...)`
         self._entered.__enter__()
         return task.handle
 
-    def _open(self, task: _session.TaskContext | None) -> _session.TaskContext:
-        """A worker of its own."""
+    def _place(self) -> tuple[str, _session.TaskContext | None, Settings, _ray.Identity]:
+        """Where a worker of its own is opened: its id, the task around it, in which run, as which task of Ray's."""
         if self._worker_id is None:
             msg = "checkpointed() without a worker_id needs a decorated task around it; write checkpointed('some-id'), or decorate the task"
             raise UsageError(msg)
+        task = _session.context()
         settings = _session.current_settings()
         identity = task.identity if task is not None and task.identity is not None else _ray.identity()
+        return self._worker_id, task, settings, identity
+
+    def _open(self, worker_id: str, task: _session.TaskContext | None, settings: Settings, identity: _ray.Identity) -> _session.TaskContext:
+        """A worker of its own."""
         options = _attempt.TaskOptions(
             name=task.handle.task if task is not None else identity.task_name,
             state=self._state,
@@ -142,12 +184,12 @@ class checkpointed:  # noqa: N801 - read as `with checkpointed(...)`
             keep=self._keep or _attempt.DEFAULT_KEEP,
         )
         local_retry = task.local_retry if task is not None else 0
-        opened = _attempt.open_worker(settings, identity, options, self._worker_id, max_failures=-1, local_retry=local_retry)
+        opened = _attempt.open_worker(settings, identity, options, worker_id, max_failures=-1, local_retry=local_retry)
         if isinstance(opened, Finished):  # this task has finished the block before it failed: its loops are done
             record = opened.record
             if (record.owner.ray_attempt, record.owner.local_retry) == (identity.attempt, local_retry):
                 msg = (
-                    f"a second block checkpointed({self._worker_id!r}) is refused: this attempt has ended the first one, and its loops are "
+                    f"a second block checkpointed({worker_id!r}) is refused: this attempt has ended the first one, and its loops are "
                     f"done. Give each block an id of its own"
                 )
                 raise UsageError(msg)

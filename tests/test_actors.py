@@ -1,0 +1,190 @@
+"""Workers in methods of actors: `with` in synchronous ones, `async with` in asynchronous ones. Whoever calls decides about retries."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import ray
+
+import faultguard
+from tests.tasks import Trace, assert_never_behind, die, expected, records, result, wait_until, work
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from ray import ObjectRef
+
+    from tests.conftest import StartRun
+
+pytestmark = pytest.mark.ray
+
+WAIT_S = 90
+
+
+@pytest.fixture
+def trace(tmp_path: Path) -> Trace:
+    """What the methods note down, outside of the library."""
+    return Trace(tmp_path / "trace")
+
+
+def get(refs: Any) -> Any:
+    """`ray.get` with a bound."""
+    return ray.get(refs, timeout=WAIT_S)
+
+
+def make_loader() -> Any:
+    """A class made here travels by value; workers cannot import this file."""
+
+    class Loader:
+        """A synchronous actor."""
+
+        def load(self, worker_id: str, n: int, trace: Trace, deaths: dict[int, str]) -> Any:
+            """Go through the batches."""
+            with faultguard.checkpointed(worker_id, every=1) as ckpt:
+                work(ckpt, n, trace, deaths)
+                return result(ckpt)
+
+    return ray.remote(max_restarts=1, num_cpus=0.5)(Loader)
+
+
+def test_checkpointed_in_an_actor(run: faultguard.Run, trace: Trace) -> None:
+    """In a method of an actor the next call goes on, after an exception and after the actor died and was restarted."""
+    actor = make_loader().remote()
+    deaths = {3: "exception", 6: "SIGKILL"}
+    with pytest.raises(ValueError, match="planned"):
+        get(actor.load.remote("w", 9, trace, deaths))
+    with pytest.raises(ray.exceptions.RayActorError):
+        get(actor.load.remote("w", 9, trace, deaths))
+    wait_until(lambda: _error_of(actor.load.remote("w", 9, trace, deaths)) is None)
+    begins = trace.begins("w")
+    assert begins[:2] == [0, 3]  # an exception flushes
+    assert 4 <= begins[2] <= 6  # SIGKILL does not; batch 3 was waited for
+    assert_never_behind(trace, "w")
+    ray.kill(actor)
+
+
+def _error_of(ref: ObjectRef[Any]) -> Exception | None:
+    try:
+        assert get(ref) == expected(9)
+    except ray.exceptions.RayActorError as error:
+        return error
+    return None
+
+
+# --- asynchronous ---------------------------------------------------------------------------------------------------
+
+
+def make_async_loader() -> Any:
+    """As above."""
+
+    class AsyncLoader:
+        """An asynchronous actor, whose calls run beside one another."""
+
+        async def load(self, worker_id: str, n: int, trace: Trace, deaths: dict[int, str]) -> Any:
+            """Go through the batches, giving way to the other calls in each."""
+            async with faultguard.checkpointed(worker_id, every=1) as ckpt:
+                assert faultguard.current() is ckpt
+                for batch in faultguard.batches(range(n)):
+                    trace.note("batch", worker_id, attempt=ckpt.attempt, batch=batch)
+                    await asyncio.sleep(0.02)
+                    assert faultguard.current() is ckpt
+                    if deaths.get(batch) and batch not in {note["batch"] for note in trace.notes("death", worker_id)}:
+                        trace.note("death", worker_id, batch=batch)
+                        die(deaths[batch])
+                    ckpt.state["sum"] = ckpt.state.get("sum", 0) + batch
+                return ckpt.attempt, ckpt.state["sum"]
+
+        async def hold(self, worker_id: str, trace: Trace) -> None:
+            """Hold a worker until it is cancelled."""
+            async with faultguard.checkpointed(worker_id, every=1) as ckpt:
+                for batch in ckpt.batches(range(10**6)):
+                    trace.note("batch", worker_id, attempt=ckpt.attempt, batch=batch)
+                    await asyncio.sleep(0.02)
+
+        async def beside(self) -> str:
+            """The worker of this call: none."""
+            with contextlib.suppress(faultguard.UsageError):
+                return faultguard.current().worker_id
+            return "none"
+
+    return ray.remote(max_restarts=1, num_cpus=0.5)(AsyncLoader)
+
+
+def test_calls_of_an_async_actor_run_beside_one_another(run: faultguard.Run, trace: Trace) -> None:
+    """Each call has its own worker, and goes on by itself: one that fails disturbs no other."""
+    actor = make_async_loader().remote()
+    refs = [actor.load.remote(f"w{index}", 20, trace, {7: "exception"} if index == 1 else {}) for index in range(3)]
+    wait_until(lambda: len({note["worker"] for note in trace.notes("batch")}) == 3)
+    assert get(actor.beside.remote()) == "none"
+    with pytest.raises(ValueError, match="planned"):
+        get(refs[1])
+    assert get(actor.load.remote("w1", 20, trace, {})) == (2, 190)
+    assert get([refs[0], refs[2]]) == [(1, 190)] * 2
+    assert trace.begins("w1") == [0, 7]
+    workers = [note["worker"] for note in trace.notes("batch")]
+    assert workers[: workers.index("w0") + 20] != ["w0"] * 20
+    ray.kill(actor)
+
+
+def test_an_async_actor_that_died(run: faultguard.Run, trace: Trace) -> None:
+    """After SIGKILL and the restart of the actor, the next call goes on."""
+    actor = make_async_loader().remote()
+    with pytest.raises(ray.exceptions.RayActorError):
+        get(actor.load.remote("w", 20, trace, {9: "SIGKILL"}))
+    wait_until(lambda: _alive(actor))
+    assert get(actor.load.remote("w", 20, trace, {})) == (2, 190)
+    assert 1 <= trace.begins("w")[1] <= 9
+    ray.kill(actor)
+
+
+def _alive(actor: Any) -> bool:
+    try:
+        return bool(get(actor.beside.remote()))
+    except ray.exceptions.RayActorError:
+        return False
+
+
+def test_waiting_for_a_holder_holds_up_no_other_call(start_run: StartRun, trace: Trace) -> None:
+    """While one call waits for a worker that somebody else holds, the other calls of its actor go on."""
+    start_run(heartbeat_timeout=3)
+    holder, waiter = make_async_loader().remote(), make_async_loader().remote()
+    held = holder.hold.remote("w", trace)
+    wait_until(lambda: trace.notes("batch"))
+    waiting = waiter.hold.remote("w", trace)
+    for _ in range(5):
+        assert get(waiter.beside.remote()) == "none"
+    ready, _ = ray.wait([waiting], timeout=0)
+    assert not ready
+    with pytest.raises(faultguard.DuplicateWorkerError, match="'w' of task .* is held by another live task"):
+        get(waiting)
+    ray.cancel(held)
+    with pytest.raises(ray.exceptions.TaskCancelledError):
+        get(held)
+    ray.kill(holder)
+    ray.kill(waiter)
+
+
+def test_cancel_of_a_call_of_an_async_actor(run: faultguard.Run, trace: Trace) -> None:
+    """It stays a cancel, is noted as one, and the worker is free at once, also for another process."""
+    actor = make_async_loader().remote()
+    ref = actor.hold.remote("w", trace)
+    wait_until(lambda: any(note["batch"] == 3 for note in trace.notes("batch")))
+    ray.cancel(ref)
+    with pytest.raises(ray.exceptions.TaskCancelledError):
+        get(ref)
+    assert get(actor.beside.remote()) == "none"
+    task = next(worker.task for worker in faultguard.workers())
+    wait_until(lambda: records(run, task, "w")[-1].ended is not None)
+    ended = records(run, task, "w")[-1].ended
+    assert ended is not None
+    assert (ended.cause, ended.charged) == ("cancelled", False)
+    again = actor.hold.remote("w", trace)
+    wait_until(lambda: len(trace.begins("w")) == 2)
+    assert trace.begins("w")[1] >= 3
+    ray.cancel(again)
+    with pytest.raises(ray.exceptions.TaskCancelledError):
+        get(again)
+    ray.kill(actor)
