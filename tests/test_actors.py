@@ -149,7 +149,7 @@ def _alive(actor: Any) -> bool:
 
 def test_waiting_for_a_holder_holds_up_no_other_call(start_run: StartRun, trace: Trace) -> None:
     """While one call waits for a worker that somebody else holds, the other calls of its actor go on."""
-    start_run(heartbeat_timeout=3)
+    start_run(heartbeat_interval=0.5, heartbeat_timeout=3)
     holder, waiter = make_async_loader().remote(), make_async_loader().remote()
     held = holder.hold.remote("w", trace)
     wait_until(lambda: trace.notes("batch"))
@@ -158,7 +158,7 @@ def test_waiting_for_a_holder_holds_up_no_other_call(start_run: StartRun, trace:
         assert get(waiter.beside.remote()) == "none"
     ready, _ = ray.wait([waiting], timeout=0)
     assert not ready
-    with pytest.raises(faultguard.DuplicateWorkerError, match="'w' of task .* is held by another live task"):
+    with pytest.raises(faultguard.DuplicateWorkerError, match=r"'w' of task .* is held by another live task"):
         get(waiting)
     ray.cancel(held)
     with pytest.raises(ray.exceptions.TaskCancelledError):
