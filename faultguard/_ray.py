@@ -83,7 +83,8 @@ def identity() -> Identity:
 
 def session_name() -> str:
     """The cluster: job ids begin anew with each one."""
-    return str(ray.get_runtime_context().get_session_name())
+    node: Any = ray._private.worker._global_node  # noqa: SLF001 - the public name came after Ray 2.50
+    return str(node.session_name)
 
 
 def kv_put(key: str, value: bytes) -> None:

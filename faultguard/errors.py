@@ -158,6 +158,8 @@ def _combine(user_class: type[Exception]) -> type[MaxFailuresExceeded] | None:
     """A class that is both, or None where the two cannot be combined (other layout, final class, own metaclass)."""
     if user_class is Exception or issubclass(user_class, (FaultguardError, *_GROUPS)):
         return None
+    if user_class.args is not BaseException.args:  # Ray 2.50 sets them on the class that it makes of both, and fails
+        return None
     namespace = {
         "_user_class": user_class,
         "__init__": _combined_init,

@@ -152,11 +152,10 @@ COMBINING = [
     ApiError("no", 503),
     TwoArguments(5, "because"),
     Slots("slot"),
-    ArgsProperty("hidden"),
     WithLock(),
     StopIteration(3),
 ]
-PLAIN = [Exception("nothing to combine with"), Final("final"), Refusing(7), SupersededError("ours")]
+PLAIN = [Exception("nothing to combine with"), Final("final"), ArgsProperty("hidden"), Refusing(7), SupersededError("ours")]
 
 
 @pytest.mark.parametrize("error", COMBINING, ids=lambda error: type(error).__name__)
