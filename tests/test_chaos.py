@@ -139,9 +139,18 @@ def _assert_little_is_redone(stories: list[_Story]) -> None:
 
 
 def _assert_exceptions_lose_nothing(trace: Trace, worker: str) -> None:
-    """After an exception the next attempt begins with the batch in which it was raised: the newest snapshot was flushed."""
+    """After an exception the next attempt begins with the batch in which it was raised: the newest snapshot was flushed.
+
+    Unless another thread was just killing the process at a step of the store: that was noted a moment before it took place.
+    """
+    attempt, doomed = 0, False
     for note, following in pairwise(note for note in trace.notes(worker=worker) if note["what"] in {"batch", "death"}):
-        if note["what"] == "death" and note["kind"] == "exception" and following["what"] == "batch":
+        if note["what"] == "batch":
+            doomed = doomed and note["attempt"] == attempt
+            attempt = note["attempt"]
+        elif note["kind"] != "exception":
+            doomed = True
+        elif following["what"] == "batch" and not doomed:
             assert following["batch"] == note["batch"]
 
 
