@@ -164,6 +164,7 @@ class Incarnation:
         self.name = owner.writer
         self.phase = "claiming"  # blocked, running, failing, leaving, ending, over
         self.held: Any = None
+        self.superfluous: list[int] = []  # found, and deleted later
         self.newest: Snapshot | None = None
         self.a = self.b = self.done = self.resumed_at = 0
         self.cause = "exception"
@@ -287,12 +288,17 @@ class Incarnation:
         self._end("gives its claim back")
 
     def _save(self, snapshot: Snapshot) -> Generator[Any, Any, None]:
+        """With what goes beside it: deletes that were found earlier, or at once; and those of an attempt that hears of its successor."""
         world = self.world
-        if not (yield from world.rules.save(self.held, snapshot, world.clock)):
+        saved = yield from world.rules.save(self.held, snapshot, world.clock)
+        if saved:
+            world.promised(self, self.held.last)
+        yield from world.rules.discard(self.held, self.superfluous)
+        self.superfluous = yield from world.rules.retention(self.held, world.keep)
+        if self.held.last % 2 or not saved:
+            yield from world.rules.discard(self.held, self.superfluous)
+        if not saved:
             self._superseded()
-            return
-        world.promised(self, self.held.last)
-        yield from world.rules.retain(self.held, world.keep)
 
     def _check(self) -> Generator[Any, Any, None]:
         if (yield from self.world.rules.superseded(self.held)):
