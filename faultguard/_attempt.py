@@ -464,6 +464,7 @@ class _Task:
             journal.end(Outcome("failed", message=failure.message), failure=failure)
         finally:
             self._open.close("failed")
+        _say_given_up(self._open.handle, failure, self._max_failures if self._retried else None)
         if not self._retried:
             raise error
         failures = journal.held.failures
@@ -579,6 +580,14 @@ def _place(position: tuple[int, ...], total: int | None = None) -> str:
     """A batch, as people name it: `batch 3 of 8`, in nested loops with where the outer ones are."""
     batch = f"batch {position[-1] if position else 0}" + (f" of {total}" if total is not None else "")
     return batch + (f" (position {', '.join(map(str, position))})" if len(position) > 1 else "")
+
+
+def _say_given_up(handle: Checkpoint, failure: FailureRecord, max_failures: int | None) -> None:
+    why = "it is not retried" if max_failures is None else f"max_failures={max_failures} is used up"
+    text = (
+        f"'{handle.task}/{handle.worker_id}' attempt {failure.attempt} failed at {_place(failure.position)} with {failure.message}; {why}."
+    )
+    _events.emit(logging.WARNING, "faultguard.attempt_failed", text, **handle.fields(), cause=failure.cause, node=failure.node_id)
 
 
 def _say_leaves(handle: Checkpoint, failure: FailureRecord) -> None:

@@ -245,8 +245,14 @@ def superseded(worker_id: str, attempt: int, token: int) -> SupersededError:
 
 
 def _work(journals: list[Journal]) -> float:
-    now = time.monotonic()
-    return min((journal.write_due(now) for journal in journals), default=math.inf)
+    """What is due for all; the trouble of one is not that of the others."""
+    now, due = time.monotonic(), math.inf
+    for journal in journals:
+        try:
+            due = min(due, journal.write_due(now))
+        except Exception as error:  # noqa: BLE001, PERF203 - whatever it is, the next snapshot is another try
+            _report(_THREAD, error)
+    return due
 
 
 def _report(name: str, error: Exception) -> None:
@@ -254,4 +260,5 @@ def _report(name: str, error: Exception) -> None:
     _events.emit(logging.ERROR, "faultguard.thread_error", text, thread=name, error=repr(error))
 
 
-_writer: Sidecar[Journal] = Sidecar("faultguard-writer", _work, _report)
+_THREAD = "faultguard-writer"
+_writer: Sidecar[Journal] = Sidecar(_THREAD, _work, _report)

@@ -77,7 +77,7 @@ def init(
         max_failures: default of the decorator; failures that a worker survives, -1 for any number.
         heartbeat_interval: seconds between two signs of life of a worker process.
         heartbeat_timeout: seconds of silence after which a worker is called silent.
-        check_args: compare the arguments of recorded workers, in named runs.
+        check_args: for named runs. Not yet.
         progress: show the bar of `get`.
 
     Raises:
@@ -86,6 +86,9 @@ def init(
     """
     if run is not None or resume != "auto" or takeover:
         msg = "init(run=..., resume=..., takeover=...) is refused: named runs do not exist yet; leave them out"
+        raise UsageError(msg)
+    if check_args is not None:
+        msg = "init(check_args=...) is refused: it belongs to named runs, which do not exist yet; leave it out"
         raise UsageError(msg)
     if not _ray.is_ready():
         msg = "faultguard.init() needs Ray: call ray.init() first"

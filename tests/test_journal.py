@@ -449,6 +449,25 @@ def test_the_loop_hears_at_its_next_boundary_what_the_thread_has_learned(store: 
 
 
 @pytest.mark.usefixtures("short_park")
+def test_an_error_of_one_journal_is_told_and_stops_no_other(
+    store: Store, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whatever the writer meets with one worker, it says so, and goes on with the others and with this one."""
+    odd, sound = Worker(store, "odd").attempt(), Worker(store, "sound").attempt()
+    write_newest, errors = odd.journal._write_newest, [RuntimeError("odd")]
+    monkeypatch.setattr(odd.journal, "_write_newest", lambda: (_ for _ in ()).throw(errors.pop()) if errors else write_newest())
+    odd.ckpt.advance()
+    sound.ckpt.advance()
+    wait_until(lambda: sound.ckpt.durable_batch == 1 and len(caplog.records) == 1)
+    assert "thread faultguard-writer goes on after an error of its own: RuntimeError('odd')" in caplog.text
+    odd.ckpt.advance()
+    wait_until(lambda: odd.ckpt.durable_batch == 2)
+    odd.die()
+    sound.die()
+    wait_until(lambda: not is_running())
+
+
+@pytest.mark.usefixtures("short_park")
 def test_the_thread_serves_the_others_when_one_store_fails(store: Store, caplog: pytest.LogCaptureFixture) -> None:
     """One worker's broken store keeps no other worker from being saved."""
     flaky = Flaky(store)

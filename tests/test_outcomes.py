@@ -185,6 +185,33 @@ def test_a_second_block_of_one_id_is_refused(settings: Settings) -> None:
     assert seen == [("one", 0), ("one", 1), ("two", 0), ("two", 1)]
 
 
+def test_a_failure_for_good_is_a_warning(settings: Settings, caplog: pytest.LogCaptureFixture) -> None:
+    """One line, ids first, with everything that a machine may ask for."""
+
+    def fail() -> None:
+        for batch in faultguard.batches(range(4)):
+            if batch == 2:
+                raise ValueError("planned")
+
+    with pytest.raises(ValueError, match="planned"):
+        execute(settings, fail)
+    (warning,) = caplog.records
+    text = "faultguard: 'count/w' attempt 1 failed at batch 2 with ValueError('planned'); max_failures=0 is used up."
+    assert warning.getMessage() == text
+    fields = {
+        name: value for name, value in vars(warning).items() if name in {"event", "run", "task", "worker", "attempt", "batch", "cause"}
+    }
+    assert fields == {
+        "event": "faultguard.attempt_failed",
+        "run": "run",
+        "task": "count",
+        "worker": "w",
+        "attempt": 1,
+        "batch": 2,
+        "cause": "exception",
+    }
+
+
 def test_a_failure_in_a_nested_loop_says_where(settings: Settings, caplog: pytest.LogCaptureFixture) -> None:
     """Both the failure and the line about the resume name the batch of the inner loop, and where the outer one is."""
     failed: list[int] = []

@@ -332,6 +332,21 @@ def waits_long(worker_id: str, trace: Trace) -> None:
     raise ValueError("wait")
 
 
+def test_sigterm_flushes_and_is_not_charged(run: faultguard.Run, trace: Trace) -> None:
+    """Told to end, a worker that has got on saves its last boundary with a note; Ray runs it again, and nothing is redone but one batch."""
+    ref = endless.remote("w", trace)
+    wait_until(lambda: any(note["batch"] == 3 for note in trace.notes("batch")))
+    os.kill(next(note["pid"] for note in trace.notes("batch")), signal.SIGTERM)
+    wait_until(lambda: attempts(trace, "w") == [1, 2])
+    noted = [record for record in records(run, "endless", "w") if record.ended is not None]
+    assert [(record.ended.cause, record.ended.charged) for record in noted if record.ended] == [("terminated", False)]
+    last = [note["batch"] for note in trace.notes("batch") if note["attempt"] == 1][-1]
+    assert trace.begins("w")[1] == last
+    ray.cancel(ref)
+    with pytest.raises(ray.exceptions.TaskCancelledError):
+        get(ref)
+
+
 def test_cancel_during_the_wait(run: faultguard.Run, trace: Trace) -> None:
     """A task that is cancelled while it waits for its retry is cancelled, and nothing of it stays behind."""
     ref = waits_long.remote("w", trace)

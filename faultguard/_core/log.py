@@ -592,12 +592,13 @@ def retain(held: Held, keep: int) -> Generator[Op, Any, None]:
 def retention(held: Held, keep: int) -> Generator[Op, Any, list[int]]:
     """What the newest durable save made superfluous, oldest first. What another attempt wrote is read first: it may be a claim.
 
-    Newest first, and not all at once: claims stay for ever, and nobody must wait until hundreds of them are read.
+    Newest first, and not all at once: claims stay for ever, and nobody must wait until hundreds of them are read. It works on a copy,
+    because `discard` may run beside it.
     """
-    unread = sorted((number for number, kind in held.known.items() if kind == "unknown"), reverse=True)
+    unread = sorted((number for number, kind in dict(held.known).items() if kind == "unknown"), reverse=True)
     for number in unread[: max(MAX_READ_AT_ONCE, 4 * keep)]:
         held.known[number] = yield from _classify(number)
-    return superfluous(held.known, keep)
+    return superfluous(dict(held.known), keep)
 
 
 def discard(held: Held, numbers: Iterable[int]) -> Generator[Op, Any, None]:
