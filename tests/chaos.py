@@ -17,7 +17,7 @@ import ray
 import faultguard
 from faultguard._core.records import decode_record
 from faultguard.storage import local
-from tests.tasks import CRASHES, NOWAIT, Trace, die
+from tests.tasks import CRASHES, NOWAIT, Trace, die, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -27,6 +27,7 @@ POINTS = (*STEPS, "before_first_batch", "during_back_off")
 ACK_EVERY = 4
 BATCH_S = 0.01  # stands for work, so that a loop lasts longer than a write
 BACK_OFF_S = 0.3
+ENOUGH_S = 120
 
 _create = local.LocalStore.create
 
@@ -91,10 +92,17 @@ def chaotic(worker_id: str, n: int, trace: Trace, deaths: Mapping[int, str]) -> 
             _die_at(deaths[batch], trace, worker_id, batch)
         ckpt.state.setdefault("seen", []).append(batch)
         time.sleep(BATCH_S)
+        if batch == n - 1:  # the manager is to be killed while there is work
+            wait_until(enough_kills(trace).exists, ENOUGH_S)
         if waits(worker_id) and batch % ACK_EVERY == 0:
             ckpt.advance(wait=True)
             trace.note("ack", worker_id, attempt=ckpt.attempt, batch=ckpt.durable_batch)
     return ckpt.state["sum"], ckpt.state["seen"]
+
+
+def enough_kills(trace: Trace) -> Path:
+    """A file that says that the manager was killed often enough."""
+    return Path(f"{trace.path}.enough")
 
 
 def waits(worker: str) -> bool:
