@@ -162,13 +162,11 @@ class Journal:
                 return saved
 
     def close(self) -> None:
-        """Let the writer thread go; after `leave`, `end` or `retry` nothing is pending."""
+        """Let the writer thread go; after `leave`, `end` or `retry` nothing is pending. What it has not deleted, a later attempt does."""
         self._due = math.inf
         if self._served:
             self._served = False
             _writer.remove(self)
-        if self._tidy_at < math.inf and self._failing_since is None:
-            self._tidy()
 
     @property
     def newest(self) -> Snapshot | None:

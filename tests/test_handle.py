@@ -665,6 +665,22 @@ def test_a_loop_inside_of_a_batch_that_is_done_is_refused(worker: Worker) -> Non
         break
 
 
+def test_past_an_inner_loop_the_position_is_of_the_outer_one(worker: Worker) -> None:
+    """An exception after the steps of an epoch is a failure of that epoch, not of a step that does not exist."""
+    ckpt = worker.attempt().ckpt
+
+    def fails() -> None:
+        for epoch in ckpt.batches(range(5), name="epochs"):
+            for _ in ckpt.batches(range(10), name="steps"):
+                pass
+            if epoch == 2:
+                raise ValueError("planned")
+
+    with pytest.raises(ValueError, match="planned"):
+        fails()
+    assert (ckpt.position, ckpt.current_batch) == ((2,), 2)
+
+
 def test_where_a_nested_loop_was_left(worker: Worker) -> None:
     """After an exception, and in the next attempt before any loop is opened, batch and position are those of the inner loop."""
     attempt = worker.attempt()

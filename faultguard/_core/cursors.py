@@ -87,6 +87,8 @@ class Cursors:
             return self.stack
         path: list[Loop] = []
         for scope in itertools.takewhile(bool, self.scopes):
+            if path and scope[-1].finished:  # the outer body is past it
+                break
             path.append(scope[-1])
             if scope[-1].finished or scope[-1].name == HAND_WRITTEN:
                 break
