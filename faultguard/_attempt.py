@@ -130,10 +130,12 @@ class OpenWorker:
     def close(self, status: str) -> None:
         """Give the worker up: no more writes, no more beats."""
         self._status = status
-        self.handle.close()
-        self.journal.close()
-        _held_here.discard(self.journal.held.owner.writer)
-        _beater.unregister(self)
+        try:
+            self.handle.close()
+            self.journal.close()
+        finally:  # a cancel may come between any two of these
+            _held_here.discard(self.journal.held.owner.writer)
+            _beater.unregister(self)
 
 
 # --- claiming -------------------------------------------------------------------------------------------------------
@@ -383,9 +385,9 @@ class _Task:
         A function that returned from within a loop cannot give its value once that loop is done.
         """
         handle, outcome = self._open.handle, self._outcome(value)
-        again = handle.left_early and not outcome.recorded
-        snapshot = handle.finish()
-        self._journal.end(outcome, None if again else snapshot)
+        before = handle.before_return
+        last = handle.finish()
+        self._journal.end(outcome, last if before is None or outcome.recorded else before[0])
         self._open.close("completed")
 
     def _outcome(self, value: Any) -> Outcome:
@@ -402,7 +404,7 @@ class _Task:
             f"the return value of task {self._options.name!r} cannot be recorded ({why}). If it is asked for again, the function is "
             f"called again with its loops done. Return plain values, or write the result to a file and return its path."
         )
-        _events.emit(logging.WARNING, "faultguard.result_not_recorded", text, run=self._settings.run, task=self._options.name)
+        _events.emit(logging.WARNING, "faultguard.result_not_recorded", text, **self._open.handle.fields())
         return Outcome("completed")
 
     # --- failures ---
@@ -441,7 +443,7 @@ class _Task:
         except Exception as refused:
             raise refused from error
         schedule = Schedule(self._options.every, time.monotonic())
-        reopened = Journal(journal.log, journal.held, schedule, self._options.keep)
+        reopened = journal.reopened(schedule, self._options.keep)
         handle = _handle(self._settings, self._options, reopened, schedule, journal.held.durable)
         self._open = OpenWorker(self._settings, self._identity, reopened, handle)
         _say_resumed(handle, journal.held, self._max_failures, state.next_action.sleep)
@@ -461,7 +463,7 @@ class _Task:
             raise error
         failure = self._failure(error)
         try:
-            journal.end(Outcome("failed", message=failure.message), failure=failure)
+            journal.end(Outcome("failed", message=failure.message), journal.newest, failure)
         finally:
             self._open.close("failed")
         _say_given_up(self._open.handle, failure, self._max_failures if self._retried else None)

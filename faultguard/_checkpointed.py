@@ -190,7 +190,7 @@ class checkpointed:  # noqa: N801 - read as `with checkpointed(...)`
             if (record.owner.ray_attempt, record.owner.local_retry) == (identity.attempt, local_retry):
                 msg = (
                     f"a second block checkpointed({worker_id!r}) is refused: this attempt has ended the first one, and its loops are "
-                    f"done. Give each block an id of its own"
+                    f"done. Give each block an id of its own; what you retry by yourself goes into the block"
                 )
                 raise UsageError(msg)
             handle = Checkpoint.in_memory(

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import msgspec
 
 from faultguard import _codec
-from faultguard._core.cursors import HAND_WRITTEN, Cursors, Loop, input_changed
-from faultguard._core.records import FailureRecord, Snapshot
+from faultguard._core.cursors import Cursors, Loop, input_changed
+from faultguard._core.records import HAND_WRITTEN, FailureRecord, Snapshot
 from faultguard._core.schedule import NOW, Every, Schedule
 from faultguard._tracking import tracker
 from faultguard.errors import UsageError
@@ -76,6 +76,9 @@ class Checkpoint:
         self._work_before_s = snapshot.work_s if snapshot else 0.0
         self._started = time.monotonic()
         self._closed = False
+        self._before_block: tuple[Snapshot | None] | None = None  # of a block that a loop was left early in: what was newest then
+        if journal is not None:
+            journal.fields = self.fields
         if state is not None:
             self.default_state(state)
 
@@ -154,8 +157,9 @@ class Checkpoint:
         cursors, schedule, clock, growing = self._cursors, self._schedule, time.monotonic, _codec.GROWING
         if cursors.is_open and not cursors.in_hand:
             msg = (
-                f"loop {name!r} is refused: advance() has counted the batch around it as done, and on resume the rest of the loop would be "
-                f"lost. Call advance() after the inner loop, or leave it out: batches() counts by itself"
+                f"loop {name!r} is refused: loop {cursors.stack[-1].name!r} around it has no batch in hand, and on resume the rest of "
+                f"{name!r} would be lost. Call advance() after the inner loop, or leave it out: batches() counts by itself. If the loop "
+                f"around is over, its iterator was kept alive: write batches() into the `for` statement"
             )
             raise UsageError(msg)
         loop, closed = cursors.open(name, length, total)
@@ -404,9 +408,11 @@ class Checkpoint:
         return self._snapshot()[0]
 
     @property
-    def left_early(self) -> bool:
-        """Whether a loop was left by `break` or `return`, and none has followed it."""
-        return self._cursors.holds_back
+    def before_return(self) -> tuple[Snapshot | None] | None:
+        """The snapshot that leads to a value which was returned from within a loop, in a tuple; None if none was left early."""
+        if self._before_block is not None or self._journal is None:
+            return self._before_block
+        return (self._journal.newest,) if self._cursors.holds_back or self._cursors.is_open else None
 
     @property
     def depth(self) -> int:
@@ -415,8 +421,10 @@ class Checkpoint:
 
     def leave_block(self, depth: int) -> None:
         """A block on this handle, begun where `depth` loops were open, ends without an exception: its loops are over."""
+        before = self.before_return
         if self._cursors.close_left(depth):
             self._boundary()
+            self._before_block = before
 
     def close(self) -> None:
         """No more use of this handle; a loop that goes on all the same is told at its next boundary."""
@@ -462,6 +470,7 @@ class Checkpoint:
     def _snapshot(self) -> tuple[Snapshot, float]:
         """Encode everything as it is now, which must be a boundary, and when to write it."""
         started = time.perf_counter()
+        self._before_block = None  # a boundary: nothing is being returned
         for loop in self._cursors.loops():
             if not loop.last_known and loop.name != HAND_WRITTEN:
                 loop.last = _fingerprint(loop)

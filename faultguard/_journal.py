@@ -58,13 +58,20 @@ class Journal:
         self._tidied_s = 0.0  # processor time that deleting took since the last save
         self._served = False
         self._closed = False  # the last record of this attempt is written: whatever is pending must not come after it
+        self.fields: Callable[[], dict[str, Any]] = self._fields  # what every event says
+
+    def reopened(self, schedule: Schedule, keep: int) -> Journal:
+        """For the next attempt of this process, after `retry`. What this one still deletes, and the next one writes, is one log."""
+        journal = Journal(self.log, self.held, schedule, keep)
+        journal._lock = self._lock
+        return journal
 
     def offer(self, snapshot: Snapshot, due: float) -> None:
         """Take a snapshot, to be written at `due` (monotonic seconds) unless a newer one comes; the newest always counts."""
         self._newest = snapshot
         if self.superseded:
             self._schedule.look_at = NOW  # the schedule may just have looked the other way
-        elif due < self._due and self._failing_since is None:  # else the store is asked again soon enough
+        elif due < self._due and (self._failing_since is None or self._due == math.inf):  # else it is tried again soon enough
             self._due = due
             self._call_writer()
 
@@ -140,10 +147,9 @@ class Journal:
             self._last(saved)
         self.raise_if_superseded()
 
-    def end(self, outcome: Outcome, snapshot: Snapshot | None = None, failure: FailureRecord | None = None) -> None:
-        """Record the outcome with the last state."""
+    def end(self, outcome: Outcome, snapshot: Snapshot | None, failure: FailureRecord | None = None) -> None:
+        """Record the outcome, with the state that belongs to it."""
         with self._lock:
-            snapshot = snapshot if snapshot is not None else snapshot_to_flush(self._newest, self.held.durable)
             ended = Ended("exception", charged=True) if failure is not None else None
             self._last(self._insist(lambda: rules.save(self.held, snapshot, time.time(), ended=ended, failure=failure, outcome=outcome)))
         self.raise_if_superseded()
@@ -179,6 +185,7 @@ class Journal:
         if snapshot is None or snapshot is self.held.durable or self.superseded or self._closed:
             return
         started = time.thread_time()
+        self._schedule.begins(time.monotonic())
         self._outcome_of(self.log.run(rules.save(self.held, snapshot, time.time())))
         now = time.monotonic()
         if not self.superseded:
@@ -197,11 +204,15 @@ class Journal:
             self._schedule.look_at = NOW
 
     def _call_writer(self) -> None:
-        if self._served:
-            _writer.wake()
-        else:
-            self._served = True
-            _writer.add(self)
+        try:
+            if self._served:
+                _writer.wake()
+            else:
+                self._served = True
+                _writer.add(self)
+        except RuntimeError as error:  # no thread can be started now: the next snapshot is another try
+            self._due = self._tidy_at = math.inf
+            self._trouble(CheckpointStoreError(f"its writer thread could not start: {error}"), time.monotonic())
 
     def _tidy(self) -> None:
         """Delete what is superfluous. The deletes need no lock: a save on the thread of the loop need not wait for them."""
@@ -213,8 +224,8 @@ class Journal:
             self.log.run(rules.discard(self.held, numbers))
             self._tidied_s += time.thread_time() - started
         except CheckpointStoreError as error:  # the save is durable; what could not be deleted is tried again after the next one
-            fields = {"worker_id": self.held.worker_id, "task": self.held.task, "error": str(error)}
-            _events.emit(logging.WARNING, "faultguard.retention_failed", f"old checkpoints could not be deleted: {error}", **fields)
+            text = f"old checkpoints of '{self.held.task}/{self.held.worker_id}' could not be deleted: {error}"
+            _events.emit(logging.WARNING, "faultguard.retention_failed", text, **self.fields(), error=str(error))
 
     def _trouble(self, error: CheckpointStoreError, now: float) -> None:
         self._error = error
@@ -226,11 +237,13 @@ class Journal:
                 "faultguard.store_failed",
                 f"'{self.held.task}/{self.held.worker_id}' cannot save: {error}. It tries again, and ends the loop after "
                 f"{STORE_PATIENCE_S:.0f} s.",
-                worker_id=self.held.worker_id,
-                task=self.held.task,
-                attempt=self.held.attempt,
-                token=self.held.token,
+                **self.fields(),
+                error=str(error),
             )
+
+    def _fields(self) -> dict[str, Any]:
+        held = self.held
+        return {"task": held.task, "worker_id": held.worker_id, "attempt": held.attempt, "token": held.token}
 
 
 def superseded(worker_id: str, attempt: int, token: int) -> SupersededError:

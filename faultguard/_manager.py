@@ -274,7 +274,8 @@ class RecoveryManagerActor:
         """One look of a shared manager."""
         for beat in self._live.check(time.monotonic(), period_s):
             text = f"'{beat['task']}/{beat['worker_id']}' attempt {beat['attempt']} is silent: no heartbeat for {beat['age_s']:.0f} s."
-            fields = {key: beat[key] for key in ("task", "worker_id", "attempt", "token", "node_id", "pid")}
+            fields = {key: beat[key] for key in ("run", "task", "worker_id", "attempt", "token", "node_id", "pid")}
+            fields["batch"] = beat["current_batch"]
             _events.emit(logging.WARNING, "faultguard.worker_silent", text, **fields)
         # A task of the dead driver may be an actor of the user that lives on, and works.
         if self._live.quiet_s(time.monotonic()) > 2 * self._settings.heartbeat_interval and _ray.job_is_over(self._settings.job_id):

@@ -22,6 +22,7 @@ from faultguard._session import current_settings
 from faultguard._settings import PROTOCOL
 
 if TYPE_CHECKING:
+    import logging
     from collections.abc import Iterable, Mapping
 
     from faultguard._core.records import Record
@@ -186,6 +187,12 @@ def records(run: faultguard.Run, task: str, worker: str) -> list[Record]:
     numbered = sorted((number, path) for path in folder.glob("*.json") if (number := record_number(path.name)) is not None)
     found = [decode_record(path.read_bytes(), number) for number, path in numbered]
     return [record for record in found if record is not None]
+
+
+def assert_whole(event: logging.LogRecord) -> None:
+    """An event of an attempt says which one, and where it stands."""
+    missing = {"event", "run", "task", "worker", "attempt", "token", "batch", "pid"} - vars(event).keys()
+    assert not missing, f"{event.getMessage()!r} does not say {missing}"
 
 
 def our_threads() -> list[str]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import pytest
 
 from faultguard._core.cursors import HAND_WRITTEN, MAX_DEPTH, MAX_SIBLINGS, Cursors
-from faultguard._core.records import Mark
+from faultguard._core.records import Mark, Snapshot
 from faultguard.errors import InputChangedError, UsageError
 
 if TYPE_CHECKING:
@@ -467,3 +468,22 @@ def test_marks_keep_all_that_resuming_needs() -> None:
     marks: Marks = ((Mark("a", 2, finished=True, length=2, last="x"), Mark(HAND_WRITTEN, 7)), (Mark("c", 1, length=9),))
     assert Cursors(marks).marks() == marks
     assert [loop.name for loop in Cursors(marks).loops()] == ["a", HAND_WRITTEN, "c"]
+
+
+def test_a_snapshot_stands_where_the_loops_stood() -> None:
+    """What a record says of a crash is what an exception at that place would have said: past an inner loop, the outer batch."""
+    cursors = Cursors()
+    epochs, _ = cursors.open("epochs")
+    for done in (1, 2, 3):
+        steps, _ = cursors.open("steps")
+        cursors.done(steps, 5)
+        assert _snapshot(cursors).position == cursors.position == (done - 1, 5)
+        cursors.finish(steps)
+        if done < 3:
+            cursors.done(epochs)
+    cursors.leave(epochs)
+    assert _snapshot(cursors).position == cursors.position == (2,)
+
+
+def _snapshot(cursors: Cursors) -> Snapshot:
+    return Snapshot(msgspec.Raw(b"{}"), loops=cursors.marks())

@@ -660,9 +660,20 @@ def test_a_loop_inside_of_a_batch_that_is_done_is_refused(worker: Worker) -> Non
     ckpt = worker.attempt().ckpt
     for _ in ckpt.batches(range(3)):
         ckpt.advance()
-        with pytest.raises(UsageError, match=r"loop 'steps' is refused: advance\(\) has counted the batch around it as done"):
+        with pytest.raises(UsageError, match=r"loop 'steps' is refused: loop 'batches' around it has no batch in hand"):
             next(iter(ckpt.batches(range(3), name="steps")))
         break
+
+
+def test_a_loop_after_one_whose_iterator_lives_on_says_so(worker: Worker) -> None:
+    """The library cannot see that a loop was left while its iterator is kept: the text says what to write."""
+    ckpt = worker.attempt().ckpt
+    kept = ckpt.batches(range(3))
+    for _ in kept:
+        ckpt.advance()
+        break
+    with pytest.raises(UsageError, match=r"its iterator was kept alive: write batches\(\) into the `for` statement"):
+        next(iter(ckpt.batches(range(3), name="second")))
 
 
 def test_past_an_inner_loop_the_position_is_of_the_outer_one(worker: Worker) -> None:

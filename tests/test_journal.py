@@ -20,6 +20,7 @@ from faultguard._core.records import Ended, FailureRecord, Outcome
 from faultguard.errors import AmbiguousReplyError, CheckpointStoreError, SupersededError
 from faultguard.storage import Store, open_store
 from tests.attempts import Attempt, Worker, write_inline
+from tests.tasks import assert_whole
 
 if TYPE_CHECKING:
     import builtins
@@ -148,7 +149,9 @@ def test_a_delete_that_fails_costs_nothing(store: Store, caplog: pytest.LogCaptu
     advance(attempt, 2)
     flaky.deletes = False
     advance(attempt, 2)
-    assert "old checkpoints could not be deleted: deletes are refused" in caplog.text
+    warning = caplog.records[0]
+    assert "old checkpoints of 'task/w0' could not be deleted: deletes are refused" in warning.getMessage()
+    assert_whole(warning)
     assert batch_of(worker) == 4
     flaky.deletes = True
     advance(attempt)
@@ -276,7 +279,7 @@ def test_a_successor_fences_every_kind_of_record(store: Store) -> None:
         advance,
         lambda attempt: attempt.journal.retry(FailureRecord("exception", 1, 0)),
         lambda attempt: attempt.journal.leave(Ended("terminated", charged=False)),
-        lambda attempt: attempt.journal.end(Outcome("completed")),
+        lambda attempt: attempt.journal.end(Outcome("completed"), None),
     ]
     for number, write in enumerate(writes):
         worker = Worker(store, f"w{number}")
@@ -464,6 +467,28 @@ def test_an_error_of_one_journal_is_told_and_stops_no_other(
     wait_until(lambda: odd.ckpt.durable_batch == 2)
     odd.die()
     sound.die()
+    wait_until(lambda: not is_running())
+
+
+@pytest.mark.usefixtures("short_park")
+def test_a_thread_that_cannot_start_is_another_try(store: Store, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """A process at its limit of threads goes on with its work, says so once, and saves as soon as it may start one."""
+    attempt = Worker(store).attempt()
+
+    def refuse(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as limited:
+        limited.setattr(threading.Thread, "start", refuse)
+        attempt.ckpt.advance(2)
+        attempt.ckpt.advance(3)
+    (warning,) = caplog.records
+    assert "'task/w0' cannot save: its writer thread could not start: can't start new thread" in warning.getMessage()
+    assert_whole(warning)
+    assert attempt.ckpt.durable_batch == 0
+    attempt.ckpt.advance()
+    wait_until(lambda: attempt.ckpt.durable_batch == 6)
+    attempt.die()
     wait_until(lambda: not is_running())
 
 

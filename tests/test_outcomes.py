@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import os
 import pickle
 import time
@@ -21,7 +22,7 @@ from faultguard._manager import manager_name
 from faultguard._session import current_settings
 from faultguard._settings import Settings
 from faultguard.storage import open_store, store_id
-from tests.tasks import NOWAIT, records, wait_until
+from tests.tasks import NOWAIT, assert_whole, records, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -137,30 +138,59 @@ def test_a_result_that_cannot_be_recorded(settings: Settings, caplog: pytest.Log
     (warning,) = caplog.records
     assert "the return value of task 'count' cannot be recorded" in warning.getMessage()
     assert vars(warning)["event"] == "faultguard.result_not_recorded"
+    assert_whole(warning)
     assert execute(settings, count, ray_attempt=1)[1] == 6
     assert seen == [0, 1, 2, 3]
 
 
-@pytest.mark.parametrize("way", ["return", "break"])
+@pytest.mark.parametrize("way", ["return", "break", "in a block", "in a nested block", "kept"])
 def test_a_result_from_within_a_loop_that_cannot_be_recorded(settings: Settings, way: str) -> None:
     """What left its loop early goes through the rest of it again: with the loop done, it would never come to its `return`."""
 
     def find() -> tuple[Opaque, int] | None:
         ckpt = faultguard.current()
-        found = None
-        for batch in ckpt.batches(range(9)):
-            ckpt.state["sum"] = ckpt.state.get("sum", 0) + batch
-            if batch == 5:
-                found = Opaque(), ckpt.state["sum"]
-                if way == "return":
+        blocks = {"in a block": 1, "in a nested block": 2}.get(way, 0)
+        with contextlib.ExitStack() as stack:
+            for _ in range(blocks):
+                stack.enter_context(faultguard.checkpointed())
+            batches = ckpt.batches(range(9))
+            if way == "kept":
+                kept.append(batches)
+            found = None
+            for batch in batches:
+                ckpt.state["sum"] = ckpt.state.get("sum", 0) + batch
+                if batch == 5:
+                    found = Opaque(), ckpt.state["sum"]
+                    if way == "break":
+                        break
                     return found
-                break
         return found
+
+    kept: list[Any] = []
 
     first, again = (execute(settings, find, ray_attempt=attempt) for attempt in range(2))
     assert first is not None
     assert again is not None
     assert first[1] == again[1] == 15
+
+
+def test_a_result_from_a_block_within_a_batch_that_cannot_be_recorded(settings: Settings) -> None:
+    """The loop in the block, and the one around it, go on from where both were before they were left."""
+
+    def find() -> tuple[Opaque, int] | None:
+        ckpt = faultguard.current()
+        for epoch in ckpt.batches(range(4), name="epochs"):
+            with faultguard.checkpointed():
+                for step in ckpt.batches(range(3)):
+                    ckpt.state["sum"] = ckpt.state.get("sum", 0) + step
+                    if (epoch, step) == (2, 1):
+                        return Opaque(), ckpt.state["sum"]
+        return None
+
+    first, again = (execute(settings, find, ray_attempt=attempt) for attempt in range(2))
+    assert first is not None
+    assert again is not None
+    assert first[1] == again[1] == 7
 
 
 def test_a_second_block_of_one_id_is_refused(settings: Settings) -> None:

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from faultguard._core.records import Snapshot
-from faultguard._core.schedule import COST_SHARE, MAX_AUTO_INTERVAL_S, NOW, Schedule, check_every, snapshot_to_flush
+from faultguard._core.schedule import COST_SHARE, LATE_SHARE, MAX_AUTO_INTERVAL_S, NOW, Schedule, check_every, snapshot_to_flush
 from faultguard.errors import UsageError
 
 if TYPE_CHECKING:
@@ -150,10 +150,10 @@ def test_a_timedelta_is_a_time_between_writes(encode_s: float) -> None:
 
 
 def test_while_a_write_takes_its_time_nothing_is_encoded_in_vain() -> None:
-    """The interval begins anew when a write is handed over, and again when it is done."""
+    """The interval begins anew when a write is handed over, when it begins, and when it is done."""
     schedule = Schedule(timedelta(seconds=30), 0.0)
     assert schedule.boundary(0.0)
-    assert schedule.encoded(0.0, 0.5) == 30.0
+    assert schedule.encoded(0.0, 0.5) == 30.0 + LATE_SHARE * 30.0, "a boundary after the interval brings a newer one"
     assert not schedule.boundary(29.0)
     assert schedule.boundary(31.0)
     assert schedule.encoded(31.5, 0.5) <= 31.5
@@ -161,6 +161,19 @@ def test_while_a_write_takes_its_time_nothing_is_encoded_in_vain() -> None:
     schedule.written(45.0, 0.1)
     assert not schedule.boundary(70.0)
     assert schedule.boundary(75.0)
+
+
+def test_a_batch_that_outlasts_the_interval_gets_one_write() -> None:
+    """The snapshot before it is written in the middle of it; the boundary after it begins no second write of the same interval."""
+    schedule = Schedule(timedelta(seconds=30), 0.0)
+    schedule.boundary(0.0)
+    due = schedule.encoded(0.0, 1e-3)
+    assert 30.0 < due < 60.0
+    schedule.begins(due)
+    assert schedule.boundary(due + 0.1), "it is cheap to encode"
+    assert schedule.encoded(due + 0.1, 1e-3) > due + 30.0
+    schedule.written(due + 0.2, 0.1)
+    assert schedule.encoded(due + 0.3, 1e-3) > due + 30.0
 
 
 def test_what_a_timedelta_writes_is_new() -> None:

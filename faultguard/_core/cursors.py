@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 from typing import TYPE_CHECKING
 
-from faultguard._core.records import Mark
+from faultguard._core.records import HAND_WRITTEN, Mark, left_last
 from faultguard.errors import InputChangedError, UsageError
 
 if TYPE_CHECKING:
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
 __all__ = ["HAND_WRITTEN", "Cursors", "Loop"]
 
-HAND_WRITTEN = ""  # the loop that `advance()` counts where no `batches()` is open
 MAX_DEPTH = 16
 MAX_SIBLINGS = 1000
 
@@ -83,16 +82,7 @@ class Cursors:
     @property
     def path(self) -> list[Loop]:
         """The open loops, outer to inner; where none is open, those that were left last, by this attempt or the one before."""
-        if self.stack:
-            return self.stack
-        path: list[Loop] = []
-        for scope in itertools.takewhile(bool, self.scopes):
-            if path and scope[-1].finished:  # the outer body is past it
-                break
-            path.append(scope[-1])
-            if scope[-1].finished or scope[-1].name == HAND_WRITTEN:
-                break
-        return path
+        return self.stack or left_last(self.scopes)
 
     @property
     def around(self) -> Loop | None:

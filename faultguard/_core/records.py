@@ -7,12 +7,17 @@ on the bytes before anything is decoded. State and outcome stay encoded (`msgspe
 from __future__ import annotations
 
 import hashlib
-from typing import Literal
+import itertools
+from typing import TYPE_CHECKING, Literal, Protocol, TypeVar
 
 import msgspec
 
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
 __all__ = [
     "FORMAT",
+    "HAND_WRITTEN",
     "MAX_FAILURE_RECORDS",
     "Ended",
     "FailureRecord",
@@ -23,9 +28,11 @@ __all__ = [
     "Snapshot",
     "decode_record",
     "encode_record",
+    "left_last",
 ]
 
 FORMAT = 1
+HAND_WRITTEN = ""  # the loop that `advance()` counts where no `batches()` is open
 MAX_FAILURE_RECORDS = 100  # unlimited budgets fail without end; the log must not grow with them
 _PREFIX = b'{"faultguard":1,"sha256":"'
 _MIDDLE = b'","record":'
@@ -88,6 +95,30 @@ class Mark(msgspec.Struct, frozen=True, omit_defaults=True):
     last: str | None = None  # fingerprint of the last finished batch
 
 
+class _Place(Protocol):
+    """A loop, open or recorded, as far as `left_last` looks."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def finished(self) -> bool: ...
+
+
+P = TypeVar("P", bound=_Place)
+
+
+def left_last(scopes: Iterable[Sequence[P]]) -> list[P]:
+    """The loops that were left last, outer to inner, of the scopes per depth: none inside of one that is finished."""
+    path: list[P] = []
+    for scope in itertools.takewhile(bool, scopes):
+        if path and scope[-1].finished:  # the outer body is past it
+            break
+        path.append(scope[-1])
+        if scope[-1].finished or scope[-1].name == HAND_WRITTEN:
+            break
+    return path
+
+
 class Snapshot(msgspec.Struct, frozen=True):
     """The state at one batch boundary, encoded. `loops` holds, per depth, the loops that were opened in that scope."""
 
@@ -98,8 +129,8 @@ class Snapshot(msgspec.Struct, frozen=True):
 
     @property
     def position(self) -> tuple[int, ...]:
-        """Batches done per depth in the loop that was open last."""
-        return tuple(scope[-1].done for scope in self.loops if scope)
+        """Batches done, outer to inner, in the loops that were left last."""
+        return tuple(mark.done for mark in left_last(self.loops))
 
     @property
     def batch(self) -> int:

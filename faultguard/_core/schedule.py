@@ -21,6 +21,7 @@ Every = Literal["auto"] | int | timedelta
 COST_SHARE = 0.004  # for encoding, and again for writing: with beats and bookkeeping together below one part in a hundred
 NOW = -math.inf
 SMOOTHING = 0.3  # of the newest measurement; one slow write must not silence the next hundred
+LATE_SHARE = 0.25  # of a user's interval: so long the newest snapshot waits for a boundary to bring a newer one
 MAX_AUTO_INTERVAL_S = 60.0  # however slow the store looks, at least one write a minute
 
 
@@ -91,6 +92,10 @@ class Schedule:
         self._look()
         return due
 
+    def begins(self, now: float) -> None:
+        """A write begins: until it ends no boundary is due because of time."""
+        self._last_write = now
+
     def written(self, now: float, cost_s: float) -> None:
         """A write ended and took `cost_s` of processor time."""
         self._write_cost = _smooth(self._write_cost, cost_s)
@@ -103,7 +108,8 @@ class Schedule:
             self._batches = 0
             return now
         if self._interval is not None:
-            return self._next_interval()
+            due = self._next_interval()
+            return due if due <= now else due + LATE_SHARE * self._interval
         auto = min(self._write_cost / COST_SHARE, MAX_AUTO_INTERVAL_S)
         return self._last_write + max(auto, self._min_interval)
 
