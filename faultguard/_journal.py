@@ -55,7 +55,7 @@ class Journal:
         self._failing_since: float | None = None
         self._error: CheckpointStoreError | None = None
         self._tidy_at = math.inf  # when to delete what the saves have made superfluous
-        self._tidied_s = 0.0  # processor time that deleting took since the last save
+        self.beside_s = 0.0  # processor time of the writer thread for this worker since the last save: waking up, deleting
         self._served = False
         self._closed = False  # the last record of this attempt is written: whatever is pending must not come after it
         self.fields: Callable[[], dict[str, Any]] = self._fields  # what every event says
@@ -190,8 +190,8 @@ class Journal:
         now = time.monotonic()
         if not self.superseded:
             self._tidy_at = min(self._tidy_at, now + TIDY_DELAY_S)
-        self._schedule.written(now, time.thread_time() - started + self._tidied_s)
-        self._tidied_s = 0.0
+        self._schedule.written(now, time.thread_time() - started + self.beside_s)
+        self.beside_s = 0.0
 
     def _last(self, saved: bool) -> None:  # noqa: FBT001 - the answer of the rules
         """Under the lock: that was the last record of this attempt."""
@@ -222,7 +222,7 @@ class Journal:
                 self._tidy_at = math.inf
                 numbers = self.log.run(rules.retention(self.held, self.keep))
             self.log.run(rules.discard(self.held, numbers))
-            self._tidied_s += time.thread_time() - started
+            self.beside_s += time.thread_time() - started
         except CheckpointStoreError as error:  # the save is durable; what could not be deleted is tried again after the next one
             text = f"old checkpoints of '{self.held.task}/{self.held.worker_id}' could not be deleted: {error}"
             _events.emit(logging.WARNING, "faultguard.retention_failed", text, **self.fields(), error=str(error))
@@ -258,11 +258,15 @@ def superseded(worker_id: str, attempt: int, token: int) -> SupersededError:
 def _work(journals: list[Journal]) -> float:
     """What is due for all; the trouble of one is not that of the others."""
     now, due = time.monotonic(), math.inf
+    began = time.thread_time()
+    woken_s = (began - getattr(_idle, "since", began)) / len(journals)
     for journal in journals:
+        journal.beside_s += woken_s
         try:
             due = min(due, journal.write_due(now))
         except Exception as error:  # noqa: BLE001, PERF203 - whatever it is, the next snapshot is another try
             _report(_THREAD, error)
+    _idle.since = time.thread_time()
     return due
 
 
@@ -272,4 +276,5 @@ def _report(name: str, error: Exception) -> None:
 
 
 _THREAD = "faultguard-writer"
+_idle = threading.local()  # per writer thread: its processor time when it last had nothing to do
 _writer: Sidecar[Journal] = Sidecar(_THREAD, _work, _report)

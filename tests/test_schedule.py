@@ -105,7 +105,7 @@ def test_a_minimum_interval_is_kept() -> None:
 def test_auto_learns_that_writing_became_cheap_again() -> None:
     """Many slow writes are forgotten after a few quick ones."""
     loop = Loop("auto", batch_s=1.0, encode_s=1e-5, write_s=1e-3).run(10)
-    loop._write_s = 0.2
+    loop._write_s = 50.0 * COST_SHARE
     loop.run(60)
     loop._write_s = 1e-3
     before = len(loop.written)
@@ -115,7 +115,7 @@ def test_auto_learns_that_writing_became_cheap_again() -> None:
 def test_auto_is_not_silenced_by_one_slow_write() -> None:
     """After it, the wait is a third of what that write alone would ask for."""
     loop = Loop("auto", batch_s=1.0, encode_s=1e-5, write_s=1e-3).run(10)
-    loop._write_s = 0.2
+    loop._write_s = 50.0 * COST_SHARE
     loop.run(1)
     slow, loop._write_s = loop.written[-1], 1e-3
     assert 10.0 < loop.run(50).written[11] - slow < 20.0

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["NOW", "Every", "Schedule", "check_every", "snapshot_to_flush"]
 
 Every = Literal["auto"] | int | timedelta
-COST_SHARE = 0.004  # for encoding, and again for writing: with beats and bookkeeping together below one part in a hundred
+COST_SHARE = 0.003  # for encoding, and again for writing; with claim, beats and bookkeeping together below one part in a hundred
 NOW = -math.inf
 SMOOTHING = 0.3  # of the newest measurement; one slow write must not silence the next hundred
 LATE_SHARE = 0.25  # of a user's interval: so long the newest snapshot waits for a boundary to bring a newer one
