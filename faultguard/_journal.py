@@ -264,7 +264,7 @@ def _work(journals: list[Journal]) -> float:
         journal.beside_s += woken_s
         try:
             due = min(due, journal.write_due(now))
-        except Exception as error:  # noqa: BLE001, PERF203 - whatever it is, the next snapshot is another try
+        except Exception as error:  # noqa: BLE001 - whatever it is, the next snapshot is another try
             _report(_THREAD, error)
     _idle.since = time.thread_time()
     return due
