@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, overload
 import ray
 
 from faultguard import _session
-from faultguard.errors import UsageError
+from faultguard.errors import MaxFailuresExceeded, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -104,6 +104,9 @@ def _tell_of_others(results: list[tuple[bool, Any]], failed: list[int]) -> None:
 
 def _first_line(error: Exception) -> str:
     cause = getattr(error, "cause", None) or error
+    if isinstance(cause, MaxFailuresExceeded) and cause.failures:
+        last = cause.failures[-1]
+        return f"{last.message or last.cause} at batch {last.batch}, after {len(cause.failures)} failures"[:160]
     text = str(cause).strip().splitlines()
     return f"{type(cause).__name__}: {text[0] if text else ''}"[:160]
 

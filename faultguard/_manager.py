@@ -273,13 +273,16 @@ class RecoveryManagerActor:
     def _watch(self, period_s: float) -> None:
         """One look of a shared manager."""
         for beat in self._live.check(time.monotonic(), period_s):
-            text = f"'{beat['task']}/{beat['worker_id']}' attempt {beat['attempt']} is silent: no heartbeat for {beat['age_s']:.0f} s."
-            fields = {key: beat[key] for key in ("run", "task", "worker_id", "attempt", "token", "node_id", "pid")}
-            fields["batch"] = beat["current_batch"]
-            _events.emit(logging.WARNING, "faultguard.worker_silent", text, **fields)
+            _say_silent(beat)
         # A task of the dead driver may be an actor of the user that lives on, and works.
         if self._live.quiet_s(time.monotonic()) > 2 * self._settings.heartbeat_interval and _ray.job_is_over(self._settings.job_id):
             ray.kill(ray.get_actor(self._name, namespace=_ray.NAMESPACE), no_restart=True)
+
+
+def _say_silent(beat: dict[str, Any]) -> None:
+    text = f"'{beat['task']}/{beat['worker_id']}' attempt {beat['attempt']} is silent: no heartbeat for {beat['age_s']:.0f} s."
+    fields = {key: beat[key] for key in ("run", "task", "worker_id", "attempt", "token", "node_id", "pid")}
+    _events.emit(logging.WARNING, "faultguard.worker_silent", text, **fields, batch=beat["current_batch"], age_s=round(beat["age_s"], 3))
 
 
 class _Ticker(threading.Thread):

@@ -87,9 +87,6 @@ def init(
     if run is not None or resume != "auto" or takeover:
         msg = "init(run=..., resume=..., takeover=...) is refused: named runs do not exist yet; leave them out"
         raise UsageError(msg)
-    if check_args is not None:
-        msg = "init(check_args=...) is refused: it belongs to named runs, which do not exist yet; leave it out"
-        raise UsageError(msg)
     if not _ray.is_ready():
         msg = "faultguard.init() needs Ray: call ray.init() first"
         raise UsageError(msg)

@@ -140,6 +140,9 @@ def new_settings(checkpoint_dir: str | os.PathLike[str] | None, **options: Any) 
         UsageError: an option, or the place of the checkpoints, cannot work.
         CheckpointStoreError: the store cannot be written.
     """
+    if options.get("check_args") is not None or "FAULTGUARD_CHECK_ARGS" in os.environ:
+        msg = "check_args, or FAULTGUARD_CHECK_ARGS, is refused: it belongs to named runs, which do not exist yet; leave it out"
+        raise UsageError(msg)
     values = {name: option(name, options.get(name)) for name in _OPTIONS}
     if values["heartbeat_timeout"] <= values["heartbeat_interval"]:
         msg = (

@@ -49,6 +49,14 @@ def test_demo_succeeds(tmp_path: Path) -> None:
     assert len(lines(done, "SIGKILL to alpha")) == 4
     assert len(lines(done, "SIGKILL to the manager")) == 1
     assert "Time saved: " in done.stdout
+    assert len(lines(done, "  ")) >= 4, "live progress, every two seconds"
+    assert all("alpha-0.001" in line and "%" in line for line in lines(done, "  "))
+    (head,) = lines(done, "worker")
+    columns = ["worker", "attempts", "causes", "cut in batch", "resumed at", "batches redone", "work saved", "accuracy"]
+    assert [column for column in columns if column in head] == columns
+    table = {line.split()[0]: line.split() for line in done.stdout.partition(head)[2].splitlines()[:5] if line.startswith("alpha-")}
+    assert {worker: int(row[1]) for worker, row in table.items()} == {"alpha-0.001": 3, "alpha-0.01": 2, "alpha-0.1": 2}
+    assert all(row[2].startswith("crash") for row in table.values())
     assert "A worker died" not in done.stdout  # Ray's own words for it, a screen full of them
 
 

@@ -14,7 +14,9 @@ import ray
 
 import faultguard
 from faultguard._core.records import Record, decode_record, encode_record
-from tests.tasks import NOWAIT, open_files, our_threads, records, wait_until
+from faultguard._manager import find, manager_name
+from faultguard._session import current_settings
+from tests.tasks import NOWAIT, manager_pid, open_files, our_threads, records, wait_until
 
 if TYPE_CHECKING:
     from faultguard import Run
@@ -115,13 +117,20 @@ def test_events_are_json_under_rays_json_logging(tmp_path: Path, ray_temp_dir: s
 
 @faultguard.recoverable(every=1)
 @ray.remote(num_cpus=4)  # all of them: one process serves every call
-def visit(n: int) -> tuple[int, list[str], dict[int, str]]:
+def visit(n: int, beats: bool) -> tuple[int, list[str], dict[int, str]]:
     """Uses everything that leaves threads and files; says what there is of them while it runs."""
     import os
+
+    from faultguard import _beater
 
     ckpt = faultguard.current()
     for _ in ckpt.batches(range(n)):
         ckpt.save_soon = None  # type: ignore[attr-defined] # a user's own attribute
+    if beats:
+        for client in _beater._clients.values():
+            client.first = 0.0
+        _beater._beater.wake()
+        wait_until(lambda: all(client.beaten for client in _beater._clients.values()))
     return os.getpid(), our_threads(), open_files()
 
 
@@ -133,10 +142,13 @@ def look() -> tuple[int, list[str], dict[int, str]]:
     return os.getpid(), our_threads(), open_files()
 
 
-def test_nothing_stays_in_a_process(run: Run) -> None:
-    """After a hundred tasks on one process there is no thread and no file of ours in it."""
-    before_pid, _, before = ray.get(look.remote(), timeout=60)
-    pids = {pid for pid, _, _ in ray.get([visit.remote(3) for _ in range(100)], timeout=120)}
+@pytest.mark.parametrize("beats", [False, True], ids=["short", "beating"])
+def test_nothing_stays_in_a_process(run: Run, beats: bool) -> None:
+    """After a hundred tasks on one process, each of which beat, there is no thread and no file of ours in it."""
+    before_pid, threads, _ = ray.get(visit.remote(3, beats), timeout=60)  # Ray connects it to the manager
+    assert {"faultguard-writer", "faultguard-beater"} <= set(threads)
+    _, _, before = ray.get(look.remote(), timeout=60)
+    pids = {pid for pid, _, _ in ray.get([visit.remote(3, beats) for _ in range(100)], timeout=120)}
     assert pids == {before_pid}
     pid, _, after = wait_until(lambda: (found := ray.get(look.remote(), timeout=60)) and not found[1] and found)
     assert pid == before_pid
@@ -145,12 +157,19 @@ def test_nothing_stays_in_a_process(run: Run) -> None:
     assert len(after) <= len(before) + 3  # Ray's own connections come and go
 
 
+def test_no_actor_stays_when_the_run_is_over(run: Run) -> None:
+    """Tasks that beat have a manager; it goes with the run, and its process with it."""
+    ray.get(visit.remote(1, True), timeout=60)
+    name, pid = manager_name(current_settings()), manager_pid()
+    assert name in {actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True)}
+    faultguard.shutdown()
+    wait_until(lambda: name not in {actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True)})
+    wait_until(lambda: not Path(f"/proc/{pid}").exists())
+
+
 def test_no_actor_for_short_tasks(run: Run) -> None:
     """Tasks that end before the first heartbeat start no manager, so none is left."""
-    from faultguard._manager import find
-    from faultguard._session import current_settings
-
-    ray.get([visit.remote(1) for _ in range(5)], timeout=60)
+    ray.get([visit.remote(1, False) for _ in range(5)], timeout=60)
     assert find(current_settings()) is None
 
 

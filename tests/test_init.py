@@ -27,10 +27,13 @@ def test_named_runs_do_not_exist_yet(options: dict[str, Any]) -> None:
 
 @pytest.mark.usefixtures("driver")
 @pytest.mark.parametrize("value", [True, False])
-def test_arguments_are_not_compared_yet(value: bool) -> None:
-    """Nor is what named runs compare, not even with its default."""
-    with pytest.raises(UsageError, match=r"init\(check_args=...\) is refused: it belongs to named runs, which do not exist yet"):
+def test_arguments_are_not_compared_yet(monkeypatch: pytest.MonkeyPatch, value: bool) -> None:
+    """Nor is what named runs compare, not even with its default, nor through the environment."""
+    with pytest.raises(UsageError, match=r"check_args, or FAULTGUARD_CHECK_ARGS, is refused: it belongs to named runs"):
         faultguard.init(check_args=value)
+    monkeypatch.setenv("FAULTGUARD_CHECK_ARGS", str(value))
+    with pytest.raises(UsageError, match=r"check_args, or FAULTGUARD_CHECK_ARGS, is refused: it belongs to named runs"):
+        faultguard.init()
 
 
 def test_ray_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:

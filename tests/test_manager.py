@@ -21,10 +21,11 @@ import pytest
 import ray
 
 import faultguard
-from faultguard import RecoveryManager, WorkerState, _watch
+from faultguard import RecoveryManager, WorkerState, _manager, _watch
 from faultguard._core.records import Ended, Mark, Outcome, Owner, Record, Snapshot
 from faultguard._log import StoredLog
 from faultguard._manager import find, find_or_make, forget, manager_name
+from faultguard._ray import NAMESPACE
 from faultguard._registry import Registry, batch_of
 from faultguard._session import current_settings
 from faultguard._settings import PROTOCOL, Settings
@@ -39,6 +40,7 @@ from faultguard.errors import (
     UsageError,
 )
 from faultguard.storage import open_store, store_id
+from tests.tasks import assert_whole
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -134,6 +136,20 @@ def test_silent_worker_is_told_once_and_cleared_by_a_beat() -> None:
     assert {live["worker_id"]: live["silent"] for live in view.workers(20.0)} == {"w0": True, "w1": False}
     view.beat([beat("w0")], 20.0, 1020.0)
     assert not any(live["silent"] for live in view.workers(20.0))
+
+
+def test_silence_is_told_with_everything_known(caplog: pytest.LogCaptureFixture) -> None:
+    """The warning says which attempt is silent, where it runs, and how far it was."""
+    view = LiveView(10.0, 0.0)
+    view.check(0.0, 1.0)
+    view.beat([beat("w0")], 1.0, 1001.0)
+    for now in range(1, 13):
+        for silent in view.check(float(now), 1.0):
+            _manager._say_silent(silent)
+    (warning,) = caplog.records
+    assert warning.getMessage() == "faultguard: 'embed/w0' attempt 1 is silent: no heartbeat for 11 s."
+    assert_whole(warning)
+    assert (vars(warning)["pid"], vars(warning)["node"], vars(warning)["batch"]) == (12, "ab", 3)
 
 
 def test_own_absence_is_nobodys_silence() -> None:
@@ -973,6 +989,25 @@ def test_manager_of_another_store_is_refused(start_run: StartRun) -> None:
     assert f"store '{settings.store_id}', asked for is 'elsewhere'" in str(raised.value)
     assert manager_name(settings) in str(raised.value)
     ray.kill(faultguard.manager())
+
+
+@pytest.mark.ray
+def test_manager_of_another_run_or_protocol_is_refused(start_run: StartRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever has the name of this run's manager and is not it, is told from it by its run, and by what it speaks."""
+    start_run()
+    settings = current_settings()
+    impostor = RecoveryManager.options(name=manager_name(settings), namespace=NAMESPACE).remote(checkpoint_dir=settings.checkpoint_dir)
+    with pytest.raises(ManagerUnavailableError, match=f"run '', asked for is '{settings.run}'"):
+        find_or_make(settings)
+    ray.kill(impostor)
+    wait_until(lambda: find(settings) is None)
+    monkeypatch.setattr(_manager, "PROTOCOL", 99)
+    with pytest.raises(ManagerUnavailableError, match="protocol 1, asked for is 99"):
+        find_or_make(settings)
+    found = find(settings)
+    assert found is not None
+    ray.kill(found)
+    forget(settings)
 
 
 @pytest.mark.ray

@@ -7,6 +7,7 @@ import contextlib
 import os
 import pickle
 import time
+import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ from faultguard._manager import manager_name
 from faultguard._session import current_settings
 from faultguard._settings import Settings
 from faultguard.storage import open_store, store_id
+from tests.attempts import Died
 from tests.tasks import NOWAIT, assert_whole, records, wait_until
 
 if TYPE_CHECKING:
@@ -110,11 +112,11 @@ def settings(tmp_path: Path) -> Settings:
     return Settings(run="run", checkpoint_dir=store.url, store_id=store_id(store), job_id="01000000")
 
 
-def execute(settings: Settings, function: Callable[[], Any], *, ray_attempt: int = 0, max_failures: int = 0) -> Any:
+def execute(settings: Settings, function: Callable[[], Any], *, worker_id: str = "w", ray_attempt: int = 0, max_failures: int = 0) -> Any:
     """Run a function as an attempt of one and the same task of Ray's."""
     identity = _ray.Identity("01000000", "node", "task-1", ray_attempt, "count", "count")
     options = _attempt.TaskOptions(name="count", max_failures=max_failures, every=1, backoff=NOWAIT)
-    return _attempt.run_task(settings, identity, options, "w", _attempt.Work(function, repeatable=True))
+    return _attempt.run_task(settings, identity, options, worker_id, _attempt.Work(function, repeatable=True))
 
 
 def test_a_recorded_result_is_not_computed_again(settings: Settings) -> None:
@@ -191,6 +193,53 @@ def test_a_result_from_a_block_within_a_batch_that_cannot_be_recorded(settings: 
     assert first is not None
     assert again is not None
     assert first[1] == again[1] == 7
+
+
+def test_a_damaged_record_costs_its_batches_only(settings: Settings, caplog: pytest.LogCaptureFixture) -> None:
+    """The next attempt says which record is damaged and goes on from the one before it; the result is exact."""
+    begins: list[int] = []
+
+    def count(*, dies: bool) -> int:
+        ckpt = faultguard.current()
+        begins.append(ckpt.current_batch)
+        for batch in ckpt.batches(range(9)):
+            if dies and batch == 5:
+                raise Died
+            ckpt.state["sum"] = ckpt.state.get("sum", 0) + batch
+            ckpt.advance(wait=True)
+        return int(ckpt.state["sum"])
+
+    with pytest.raises(Died):
+        execute(settings, lambda: count(dies=True), max_failures=3)
+    folder = Path(settings.checkpoint_dir) / "run" / "count" / "w"
+    newest = sorted(folder.glob("*.json"))[-2:]  # the last save, and the note with which it left
+    for path in newest:
+        path.write_bytes(path.read_bytes().replace(b'"sum":10', b'"sum":11'))
+    caplog.clear()
+    assert execute(settings, lambda: count(dies=False), max_failures=3, ray_attempt=1) == sum(range(9))
+    assert begins == [0, 4]
+    warning = wait_until(lambda: next((r for r in caplog.records if vars(r).get("event") == "faultguard.record_damaged"), None))
+    assert vars(warning)["damaged"] == [int(path.stem) for path in reversed(newest)]
+    assert "found damaged checkpoint records" in warning.getMessage()
+    assert_whole(warning)
+
+
+def test_a_retry_does_not_meet_what_the_failed_attempt_held(settings: Settings) -> None:
+    """Its locals are gone, however large, before the next attempt of the process begins."""
+    held: list[weakref.ref[Opaque]] = []
+    alive: list[bool] = []
+
+    def fail_once() -> None:
+        for _ in faultguard.batches(range(2)):
+            alive.extend(reference() is not None for reference in held)
+            if not held:
+                large = Opaque()
+                held.append(weakref.ref(large))
+                raise ValueError("planned")
+
+    execute(settings, fail_once, max_failures=1)
+    assert alive
+    assert not any(alive)
 
 
 def test_a_second_block_of_one_id_is_refused(settings: Settings) -> None:

@@ -58,8 +58,8 @@ def test_false_is_an_argument(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(("text", "value"), [("1", True), ("true", True), ("True", True), ("0", False), ("FALSE", False)])
 def test_switches_in_the_environment(monkeypatch: pytest.MonkeyPatch, text: str, value: bool) -> None:
     """A switch is 0 or 1, false or true."""
-    monkeypatch.setenv("FAULTGUARD_CHECK_ARGS", text)
-    assert option("check_args", None) is value
+    monkeypatch.setenv("FAULTGUARD_PROGRESS", text)
+    assert option("progress", None) is value
 
 
 @pytest.mark.parametrize("value", [-2, 1.5, True, "3", float("inf")])

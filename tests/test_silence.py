@@ -1,0 +1,182 @@
+"""Who is silent, and who only looks so: processes that are stopped, holders that are gone, and a store that hangs under a loop."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import ray
+
+import faultguard
+from tests.tasks import NOWAIT, Trace, expected, records, result, wait_until
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from tests.conftest import StartRun
+
+pytestmark = pytest.mark.ray
+WAIT_S = 90
+INTERVAL_S, TIMEOUT_S = 0.2, 1.5
+
+
+@pytest.fixture
+def trace(tmp_path: Path) -> Trace:
+    """What the tasks of a test note outside of the library."""
+    return Trace(tmp_path / "trace")
+
+
+@contextlib.contextmanager
+def stopped(pid: int) -> Iterator[None]:
+    """Stop a process, and let it go on afterwards."""
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
+def state_of(worker: str) -> Any:
+    """How `workers()` shows a worker, None before it does."""
+    return next((state for state in faultguard.workers() if state.worker_id == worker), None)
+
+
+def is_silent(worker: str) -> bool:
+    """Whether it is marked so."""
+    state = state_of(worker)
+    return state is not None and state.silent
+
+
+def wait_until_heard(worker: str) -> None:
+    """Until the manager has a beat of it."""
+    wait_until(lambda: worker in {beat["worker_id"] for beat in ray.get(faultguard.manager().live_workers.remote(), timeout=WAIT_S)})
+
+
+@faultguard.recoverable(every=1, backoff=NOWAIT)
+@ray.remote(num_cpus=0.5)
+def steps(worker_id: str, n: int, seconds: float, trace: Trace) -> Any:
+    """A loop that takes its time."""
+    ckpt = faultguard.current()
+    for batch in ckpt.batches(range(n)):
+        trace.note("batch", worker_id, attempt=ckpt.attempt, batch=batch)
+        time.sleep(seconds)
+        ckpt.state["sum"] = ckpt.state.get("sum", 0) + batch
+        ckpt.state.setdefault("seen", []).append(batch)
+    return result(ckpt)
+
+
+def test_a_stopped_worker_is_marked_silent(start_run: StartRun, trace: Trace, ray_cluster: str) -> None:
+    """Its manager says so once, and takes the mark away with the first beat; the work is the same as without."""
+    start_run(heartbeat_interval=INTERVAL_S, heartbeat_timeout=TIMEOUT_S)
+    ref = steps.remote("stopped", 30, 0.1, trace)
+    pid = int(wait_until(lambda: trace.notes("batch"))[0]["pid"])
+    wait_until_heard("stopped")
+    with stopped(pid):
+        wait_until(lambda: is_silent("stopped"))
+        assert state_of("stopped").status == "active"
+    wait_until(lambda: not is_silent("stopped"))
+    assert ray.get(ref, timeout=WAIT_S) == expected(30)
+    assert {note["attempt"] for note in trace.notes("batch")} == {1}
+    logs = (Path(ray_cluster) / "session_latest" / "logs").glob("worker-*.err")
+    told = [line for log in logs for line in log.read_text(errors="replace").splitlines() if "'steps/stopped' attempt 1 is silent" in line]
+    assert len(told) == 1
+
+
+@ray.remote(num_cpus=0.5, max_retries=0)
+def hold(worker_id: str, trace: Trace, elsewhere: bool) -> str:
+    """Holds a worker until the test says "enough"; looks like a process of another host if it is told to."""
+    from faultguard import _attempt
+
+    this_process = vars(_attempt)["this_process"]
+    if elsewhere:
+        _attempt.this_process = lambda: replace(this_process(), boot_id="elsewhere")  # type: ignore[attr-defined]
+    try:
+        with faultguard.checkpointed(worker_id, every=1) as ckpt:
+            for batch in ckpt.batches(range(10_000)):
+                trace.note("batch", worker_id, attempt=ckpt.attempt, batch=batch)
+                if not elsewhere or trace.notes("enough"):
+                    return "completed"
+                time.sleep(0.05)
+    except faultguard.SupersededError:
+        return "superseded"
+    finally:
+        _attempt.this_process = this_process  # type: ignore[attr-defined]
+    return "used up"
+
+
+def test_a_silent_holder_that_nobody_can_see_is_replaced(start_run: StartRun, trace: Trace) -> None:
+    """Another task takes the worker over when its holder has been silent for `heartbeat_timeout`; the holder hears it when it thaws."""
+    start_run(heartbeat_interval=INTERVAL_S, heartbeat_timeout=TIMEOUT_S)
+    holder = hold.remote("w", trace, True)
+    pid = int(wait_until(lambda: trace.notes("batch"))[0]["pid"])
+    wait_until_heard("w")
+    with stopped(pid):
+        assert ray.get(hold.remote("w", trace, False), timeout=WAIT_S) == "completed"
+    assert ray.get(holder, timeout=WAIT_S) == "superseded"
+    first = next(note for note in trace.notes("batch") if note["attempt"] == 2)
+    assert first["batch"] > 0
+
+
+def test_a_holder_that_beats_is_not_replaced(start_run: StartRun, trace: Trace) -> None:
+    """However long the other one waits: whoever beats lives."""
+    start_run(heartbeat_interval=INTERVAL_S, heartbeat_timeout=TIMEOUT_S)
+    holder = hold.remote("w", trace, True)
+    wait_until(lambda: trace.notes("batch"))
+    with pytest.raises(faultguard.DuplicateWorkerError, match="is held by another live task"):
+        ray.get(hold.remote("w", trace, False), timeout=WAIT_S)
+    trace.note("enough", "w")
+    assert ray.get(holder, timeout=WAIT_S) == "completed"
+    assert {note["attempt"] for note in trace.notes("batch")} == {1}
+
+
+@faultguard.recoverable(every=1, backoff=NOWAIT)
+@ray.remote(num_cpus=0.5)
+def over_a_hanging_store(worker_id: str, n: int, trace: Trace) -> Any:
+    """From batch 3 on every write hangs until the test says "enough"; the loop goes on meanwhile."""
+    from faultguard.storage.local import LocalStore
+
+    ckpt, create = faultguard.current(), LocalStore.create
+
+    def hangs(self: LocalStore, key: str, data: bytes) -> bool:
+        wait_until(lambda: trace.notes("enough"), WAIT_S)
+        return create(self, key, data)
+
+    try:
+        for batch in ckpt.batches(range(n)):
+            if batch == 3:
+                LocalStore.create = hangs  # type: ignore[method-assign]
+            trace.note("batch", worker_id, attempt=ckpt.attempt, batch=batch, durable=ckpt.durable_batch)
+            time.sleep(0.1)
+            ckpt.state["sum"] = ckpt.state.get("sum", 0) + batch
+            ckpt.state.setdefault("seen", []).append(batch)
+    finally:
+        LocalStore.create = create  # type: ignore[method-assign]
+    return result(ckpt)
+
+
+def test_a_store_that_hangs_makes_no_worker_look_dead(start_run: StartRun, trace: Trace) -> None:
+    """Its beats and its loop go on, nothing is durable meanwhile, and when the store is back the newest state is."""
+    n, hung_s = 80, 3 * TIMEOUT_S
+    run = start_run(heartbeat_interval=INTERVAL_S, heartbeat_timeout=TIMEOUT_S)
+    ref = over_a_hanging_store.remote("hung", n, trace)
+
+    def batches() -> list[dict[str, Any]]:
+        return [note for note in trace.notes("batch") if note["batch"] > 3]
+
+    wait_until(lambda: (found := batches()) and found[-1]["time"] - found[0]["time"] > hung_s and not is_silent("hung"))
+    assert batches()[-1]["durable"] <= 4
+    newest, state = batches()[-1]["batch"], state_of("hung")
+    assert state.current_batch >= newest - 20, "the view follows the loop, not the store"
+    trace.note("enough", "hung")
+    assert ray.get(ref, timeout=WAIT_S) == expected(n)
+    assert {note["attempt"] for note in trace.notes("batch")} == {1}
+    end = records(run, "over_a_hanging_store", "hung")[-1]
+    assert end.kind == "end"
+    assert end.snapshot is not None
+    assert end.snapshot.batch == n
