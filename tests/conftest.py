@@ -10,6 +10,7 @@ import pytest
 import ray
 
 import faultguard
+from tests.tasks import Trace
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -57,6 +58,12 @@ def start_run(ray_cluster: str, tmp_path: Path) -> Iterator[StartRun]:
 def run(start_run: StartRun) -> faultguard.Run:
     """A run with the usual options."""
     return start_run()
+
+
+@pytest.fixture
+def trace(tmp_path: Path) -> Trace:
+    """What the tasks of a test note down, outside of the library."""
+    return Trace(tmp_path / "trace")
 
 
 def temporary_dir() -> tempfile.TemporaryDirectory[str]:

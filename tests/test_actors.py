@@ -13,8 +13,6 @@ import faultguard
 from tests.tasks import Trace, assert_never_behind, die, expected, records, result, wait_until, work
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from ray import ObjectRef
 
     from tests.conftest import StartRun
@@ -22,12 +20,6 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.ray
 
 WAIT_S = 90
-
-
-@pytest.fixture
-def trace(tmp_path: Path) -> Trace:
-    """What the methods note down, outside of the library."""
-    return Trace(tmp_path / "trace")
 
 
 def get(refs: Any) -> Any:

@@ -19,12 +19,6 @@ pytestmark = pytest.mark.ray
 WAIT_S = 90
 
 
-@pytest.fixture
-def trace(tmp_path: Path) -> Trace:
-    """What the tasks of a test note outside of the library."""
-    return Trace(tmp_path / "trace")
-
-
 @faultguard.recoverable(every=1, max_failures=0, backoff=NOWAIT)
 @ray.remote(num_cpus=0.5)
 def answer(worker_id: str, trace: Trace, fails: str) -> str:
@@ -91,11 +85,10 @@ def test_a_node_of_a_graph_recovers(run: faultguard.Run, trace: Trace) -> None:
 
 
 CLIENT = """
-import os, sys
-os.environ["RAY_TMPDIR"] = sys.argv[1]
-import ray, faultguard
-from ray.util.client.ray_client_helpers import ray_start_client_server
-with ray_start_client_server():
+import sys
+import faultguard
+from ray.util.client.ray_client_helpers import ray_start_client_server_for_address
+with ray_start_client_server_for_address(sys.argv[1]):
     try:
         faultguard.init(checkpoint_dir="c")
     except faultguard.UsageError as error:
@@ -103,8 +96,8 @@ with ray_start_client_server():
 """
 
 
-def test_a_client_connection_is_refused(tmp_path: Path, ray_temp_dir: str) -> None:
+def test_a_client_connection_is_refused(ray_cluster: str, tmp_path: Path) -> None:
     """Through ray:// the driver is not on the cluster, where its checkpoints would have to be: said at once, before any work."""
-    command = [sys.executable, "-c", CLIENT, ray_temp_dir]
+    command = [sys.executable, "-c", CLIENT, ray.get_runtime_context().gcs_address]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, cwd=tmp_path)
     assert "refused: faultguard does not work through a ray:// connection yet" in done.stdout, done.stdout + done.stderr

@@ -44,12 +44,6 @@ MEBIBYTE = 1 << 20
 WAIT_S = 90
 
 
-@pytest.fixture
-def trace(tmp_path: Path) -> Trace:
-    """What the tasks of a test note outside of the library."""
-    return Trace(tmp_path / "trace")
-
-
 def get(refs: Any) -> Any:
     """`ray.get` with a bound."""
     return ray.get(refs, timeout=WAIT_S)

@@ -26,12 +26,6 @@ WAIT_S = 90
 INTERVAL_S, TIMEOUT_S = 0.2, 1.5
 
 
-@pytest.fixture
-def trace(tmp_path: Path) -> Trace:
-    """What the tasks of a test note outside of the library."""
-    return Trace(tmp_path / "trace")
-
-
 @contextlib.contextmanager
 def stopped(pid: int) -> Iterator[None]:
     """Stop a process, and let it go on afterwards."""
