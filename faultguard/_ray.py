@@ -60,6 +60,12 @@ def is_ready() -> bool:
     return bool(ray.is_initialized())
 
 
+def start_where_ray_would() -> None:
+    """Start Ray, or connect to it, as a plain `.remote()` does where nobody called `ray.init()` (not with `RAY_ENABLE_AUTO_CONNECT=0`)."""
+    start: Any = ray._private.auto_init_hook.auto_init_ray  # noqa: SLF001 - public calls do it in passing only
+    start()
+
+
 def is_driver() -> bool:
     """Whether this process is a driver, not a worker of Ray's."""
     return bool(ray._private.worker.global_worker.mode != ray._private.worker.WORKER_MODE)  # noqa: SLF001 - no public name

@@ -261,13 +261,13 @@ class RecoverableFunction(Generic[P, R]):
         return result
 
     def remote(self, *args: P.args, **kwargs: P.kwargs) -> ObjectRef[R]:
-        """Submit the task; gives what Ray's `.remote()` gives.
+        """Submit the task; gives what Ray's `.remote()` gives, and starts Ray where that would.
 
         Raises:
             UsageError: the worker id is not one, or the place of the checkpoints cannot work.
             TypeError: the arguments do not fit the signature.
         """
-        settings = _session.current_settings()
+        settings = _session.settings_to_submit()
         header = self._header(settings, args, kwargs)
         payload = _packing.pack(args, kwargs) if args or kwargs else b""
         submit = self._remote(settings).remote
@@ -276,7 +276,7 @@ class RecoverableFunction(Generic[P, R]):
 
     def bind(self, *args: Any, **kwargs: Any) -> Any:
         """A node of a Ray DAG."""
-        settings = _session.current_settings()
+        settings = _session.settings_to_submit()
         return self._remote(settings).bind(self._header(settings, args, kwargs), None, *args, **kwargs)
 
     def options(self, *, worker_id: str | None = None, resume: str | None = None, **ray_options: Any) -> RecoverableFunction[P, R]:

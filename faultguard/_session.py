@@ -15,7 +15,17 @@ if TYPE_CHECKING:
     from faultguard._handle import Checkpoint
     from faultguard._settings import Settings
 
-__all__ = ["TaskContext", "context", "current_settings", "driver_settings", "driver_settings_or_none", "entered", "set_driver_settings"]
+__all__ = [
+    "TaskContext",
+    "context",
+    "current_settings",
+    "driver_settings",
+    "driver_settings_or_none",
+    "entered",
+    "leave_all",
+    "set_driver_settings",
+    "settings_to_submit",
+]
 
 
 @dataclass(slots=True)
@@ -80,6 +90,16 @@ def current_settings() -> Settings:
         )
         raise UsageError(msg)
     return settings
+
+
+def settings_to_submit() -> Settings:
+    """The settings that hold for a task submitted here; starts Ray where a plain `.remote()` would.
+
+    Raises:
+        UsageError: as `current_settings`.
+    """
+    _ray.start_where_ray_would()
+    return current_settings()
 
 
 def driver_settings() -> Settings:

@@ -13,6 +13,7 @@ import cloudpickle
 import msgspec
 import pytest
 import ray
+from ray._private import auto_init_hook
 
 import faultguard
 from faultguard import _ray, _recoverable, _session
@@ -389,7 +390,8 @@ class Submitted:
 def settings(monkeypatch: pytest.MonkeyPatch) -> Settings:
     """This process has a run."""
     settings = Settings("run", "/x", "id", "01", max_failures=4)
-    monkeypatch.setattr(_session, "current_settings", lambda: settings)
+    for name in ("settings_to_submit", "current_settings"):
+        monkeypatch.setattr(_session, name, lambda: settings)
     return settings
 
 
@@ -493,8 +495,9 @@ def test_ray_retries_more_often_than_the_budget(settings: Settings, max_failures
     assert task._remote(settings) is task._remote(settings)
 
 
-def test_without_a_run_there_is_no_submission() -> None:
-    """Ray is not started behind the user's back."""
+def test_ray_is_not_started_where_ray_itself_would_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`.remote()` starts Ray as plain Ray does (the README's blocks rely on it), and so not with `RAY_ENABLE_AUTO_CONNECT=0`."""
+    monkeypatch.setattr(auto_init_hook, "enable_auto_connect", False)
     with pytest.raises(UsageError, match=r"faultguard needs Ray here: call ray.init\(\) first"):
         DECORATED["bare"].remote("w0", [1])
     assert not ray.is_initialized()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import importlib
+import os
 import pkgutil
 import re
 import subprocess
@@ -18,10 +19,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 PRELUDE = """
-import tempfile, ray
-ray.init(address="local", _temp_dir={temp!r}, num_cpus=2, include_dashboard=False)
-import faultguard
-faultguard.init(checkpoint_dir={checkpoints!r})
+import ray, faultguard
 def index(batch): return len(batch)
 def write(value, name): pass
 """
@@ -41,11 +39,13 @@ def test_docstring_examples_run(name: str) -> None:
 @pytest.mark.ray
 @pytest.mark.parametrize("page", [page for page in PAGES if BLOCK.search(page.read_text("utf-8"))], ids=lambda page: page.name)
 def test_page_runs(page: Path, tmp_path: Path, ray_temp_dir: str) -> None:
-    """The python blocks of a page run one after another, as a reader would paste them."""
-    prelude = PRELUDE.format(temp=ray_temp_dir, checkpoints=str(tmp_path / "checkpoints"))
+    """The python blocks of a page run one after another, as a reader would paste them: nothing has started Ray or a run."""
     script = tmp_path / "page.py"
-    script.write_text(prelude + "\n".join(BLOCK.findall(page.read_text("utf-8"))), encoding="utf-8")
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=200, check=False, cwd=tmp_path)
+    script.write_text(PRELUDE + "\n".join(BLOCK.findall(page.read_text("utf-8"))), encoding="utf-8")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_ADDRESS", "FAULTGUARD_"))}
+    environment["RAY_TMPDIR"] = ray_temp_dir
+    command = [sys.executable, str(script)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
