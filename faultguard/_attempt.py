@@ -21,21 +21,25 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import msgspec
 
-from faultguard import _beater, _codec, _events, _ray
+from faultguard import _beater, _codec, _events, _ray, _watcher
 from faultguard._core import log as rules
 from faultguard._core.budget import exhausted, is_charged
 from faultguard._core.records import Ended, FailureRecord, Outcome, Owner, Record, Snapshot
 from faultguard._core.schedule import Every, Schedule
+from faultguard._core.stall import Stall, StallWatch
 from faultguard._handle import Checkpoint
 from faultguard._journal import Journal, superseded
 from faultguard._log import StoredLog
 from faultguard._process import ProcessId, is_dead, this_process
 from faultguard._session import TaskContext, entered, leave_all
 from faultguard._settings import Settings, checked_store
+from faultguard._stall import StallGuard, stacks
+from faultguard._watch import AwakeClock
 from faultguard.errors import (
     CheckpointNotSerializableError,
     DuplicateWorkerError,
     ManagerUnavailableError,
+    StalledError,
     SupersededError,
     max_failures_exceeded,
 )
@@ -53,9 +57,10 @@ POISON_FAILURES = 3
 HOLDER_POLL_S = 0.2
 LONG_WAIT_S = 1.0  # shorter waits are not worth a call
 MANAGER_WAIT_S = 10.0
+LAST_WORDS_S = 30.0  # for the record of a process that is ended because it hangs; after that its successor calls it a crash
 
 
-_held_here: set[str] = set()  # writers of the workers that this process holds
+_held_here: dict[str, OpenWorker | None] = {}  # writers of the workers that this process holds; None: not open yet, or any more
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +76,7 @@ class TaskOptions:
     retry_on: Matcher = Exception
     give_up_on: Matcher = ()
     backoff: Backoff = field(default_factory=Backoff)
+    stall_timeout_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,14 +94,29 @@ class OpenWorker:
         self.settings = settings
         self.journal = journal
         self.handle = handle
-        self._node_id = identity.node_id
+        self._identity = identity
         self._started = time.time()
         self._status = ""
-        _held_here.add(journal.held.owner.writer)
+        self._slow = StallWatch()
+        self._slow_clock = AwakeClock()
+        _held_here[journal.held.owner.writer] = self
         _beater.register(self)
+        self.guard.watched = self._watched
+        if self.guard.timeout_s is not None:
+            self._watched()
+
+    @property
+    def guard(self) -> StallGuard:
+        """Where its loop stands."""
+        return self.handle.guard
+
+    def _watched(self) -> None:
+        if not self._status:
+            _watcher.watch(self)
 
     def beat(self) -> dict[str, object]:
         """What the manager is told, on the beater's thread."""
+        self._look_slow()
         handle, held = self.handle, self.journal.held
         return {
             "task": handle.task,
@@ -107,7 +128,7 @@ class OpenWorker:
             "current_batch": handle.current_batch,
             "position": handle.position,
             "total_batches": handle.total_batches,
-            "node_id": self._node_id,
+            "node_id": self._identity.node_id,
             "pid": os.getpid(),
             "started_at": self._started,
             "last_checkpoint": self.journal.log.path(held.last),
@@ -117,6 +138,75 @@ class OpenWorker:
     def final_beat(self) -> dict[str, object]:
         """The last one."""
         return self.beat()
+
+    # --- stalls ---
+
+    def _look_slow(self) -> None:
+        """Without a timeout nothing is raised or killed; what takes suspiciously long is said, once."""
+        now = time.monotonic()
+        self._slow_clock.tick(now, 2 * self.settings.heartbeat_interval)
+        key, timeout_s = self.guard.look()
+        awake = self._slow_clock.read(now)
+        if self._slow.look(key if timeout_s is None else None, None, awake) is Stall.SLOW:
+            text = (
+                f"{self._stands_still(self._slow.age_s(awake))}, much longer than before. Nothing is done about it; with stall_timeout=... "
+                f"it would be retried.\n{stacks(self.guard.thread)}"
+            )
+            _emit_beside(logging.WARNING, "faultguard.slow_batch", text, **self.handle.fields())
+
+    def _stands_still(self, age_s: float) -> str:
+        handle, guard = self.handle, self.guard
+        where = f"section {guard.section!r} of " if guard.section is not None else ""
+        return (
+            f"'{handle.task}/{handle.worker_id}' attempt {handle.attempt} has made no progress for {age_s:.1f} s in {where}"
+            f"{_place(handle.position, handle.total_batches)}"
+        )
+
+    def stalled(self, key: object, age_s: float, timeout_s: float) -> None:
+        """Raise `StalledError` in its thread; on the thread of the watcher."""
+        handle, guard = self.handle, self.guard
+        text = f"{self._stands_still(age_s)} (stall_timeout={timeout_s:g} s)"
+        error = StalledError(text, worker_id=handle.worker_id, attempt=handle.attempt, batch=handle.current_batch)
+        seen = stacks(guard.thread)
+        raised = guard.strike(key, error, seen)
+        if raised or guard.look()[0] == key:
+            what = "StalledError is raised there" if raised else "nothing is raised into the thread of an event loop"
+            fields = {**handle.fields(), "stall_s": round(age_s, 3), "raised": raised}
+            _emit_beside(logging.WARNING, "faultguard.stalled", f"{text}; {what}.\n{seen}", **fields)
+
+    def leave_hard(self, key: object, age_s: float, timeout_s: float) -> None:
+        """The thread does not come back: note that and end the process, if nobody else works in it."""
+        guard = self.guard
+        if guard.thread is None or self._hosts_others():
+            text = f"{self._stands_still(age_s)}; this process is not ended, because it hosts other work."
+            _emit_beside(logging.ERROR, "faultguard.stall_stays", text, **self.handle.fields())
+            return
+        seen = guard.stacks or stacks(guard.thread)
+        text = f"{self._stands_still(age_s)} (stall_timeout={timeout_s:g} s) and does not react"
+        if not guard.hold(key):
+            return
+        failure = failure_of(self.handle, self._identity, "stall", f"{StalledError.__name__}({text!r})", seen)
+        last_words = threading.Thread(target=self._note_stall, args=(failure, text, seen), name="faultguard-stall", daemon=True)
+        try:
+            last_words.start()
+            last_words.join(LAST_WORDS_S)  # the store may hang, and so may whoever holds the lock of a log or of stdout
+        finally:
+            os._exit(1)
+
+    def _note_stall(self, failure: FailureRecord, text: str, seen: str) -> None:
+        try:
+            self.journal.leave(Ended("stall", charged=True), failure)
+        finally:  # whatever the store says: the next attempt finds out
+            _events.emit(logging.WARNING, "faultguard.stall_exit", f"{text}; its process is ended.\n{seen}", **self.handle.fields())
+            _flush()
+
+    def _hosts_others(self) -> bool:
+        """Whether other work than that of this task runs in this process, as far as one can know."""
+        mine = self._identity.task_id
+        opened = [worker for worker in tuple(_held_here.values()) if worker is not None]
+        return _ray.runs_several() or any(worker._identity.task_id != mine for worker in opened)  # noqa: SLF001 - of this class
+
+    # --- the end ---
 
     def leave(self, ended: Ended, failure: FailureRecord | None = None) -> None:
         """Flush the newest snapshot with a note, and give the worker up. What it leaves with goes on, whatever the store says."""
@@ -134,7 +224,8 @@ class OpenWorker:
             self.handle.close()
             self.journal.close()
         finally:  # a cancel may come between any two of these
-            _held_here.discard(self.journal.held.owner.writer)
+            _held_here.pop(self.journal.held.owner.writer, None)
+            _watcher.unwatch(self)
             _beater.unregister(self)
 
 
@@ -178,7 +269,7 @@ def open_worker(
 
 def _give_back(log: StoredLog, owner: Owner, cause: str) -> None:
     """Cut between the claim and the handle: say so in the log, or a process that lives on would hold the worker for ever."""
-    _held_here.discard(owner.writer)
+    _held_here.pop(owner.writer, None)
     try:
         head = log.newest()
         if head is not None and head.owner.writer == owner.writer and head.kind == "claim":
@@ -207,7 +298,7 @@ def _open(
 
 def _handle(settings: Settings, options: TaskOptions, journal: Journal, schedule: Schedule, snapshot: Snapshot | None) -> Checkpoint:
     held = journal.held
-    return Checkpoint(
+    handle = Checkpoint(
         run=settings.run,
         task=held.task,
         worker_id=held.worker_id,
@@ -220,6 +311,8 @@ def _handle(settings: Settings, options: TaskOptions, journal: Journal, schedule
         failures=held.failures,
         state=options.state,
     )
+    handle.guard.limit(options.stall_timeout_s)
+    return handle
 
 
 def _claim(log: StoredLog, me: rules.Claimant, settings: Settings) -> rules.Granted | rules.Finished:
@@ -373,8 +466,13 @@ class _Task:
         """One execution of the body."""
         handle = self._open.handle
         task = TaskContext(handle, self._settings, self._identity, self._journal.held.owner.local_retry)
-        with entered(task):
-            value = self._work.call()
+        try:
+            with entered(task):
+                value = self._work.call()
+        finally:
+            stalled = handle.guard.end()  # from here on nothing is raised into this thread
+        if stalled is not None:
+            raise stalled
         self._journal.raise_if_superseded()  # the body may have swallowed it
         self._complete(value)
         return value
@@ -422,8 +520,9 @@ class _Task:
 
     def _verdict(self, error: Exception) -> bool | timedelta:
         """What the options say about an exception; a predicate that raises says nothing, and must not take its place."""
+        retry_on = self._options.retry_on if not isinstance(error, StalledError) else StalledError  # which nobody thinks of naming
         try:
-            return verdict(error, self._options.retry_on, self._options.give_up_on)
+            return verdict(error, retry_on, self._options.give_up_on)
         except Exception as trouble:  # noqa: BLE001 - a user's predicate may raise anything
             text = f"a predicate of task {self._options.name!r} raised {trouble!r} when asked about {type(error).__name__}; not retried"
             _events.emit(logging.ERROR, "faultguard.predicate_failed", text, **self._open.handle.fields(), error=repr(trouble))
@@ -479,18 +578,11 @@ class _Task:
         )
 
     def _failure(self, error: BaseException, cause: str = "exception") -> FailureRecord:
-        handle = self._open.handle
         text = _text(error)
-        return FailureRecord(
-            cause=cause,
-            attempt=self._journal.held.attempt,
-            batch=handle.current_batch,
-            message=f"{type(error).__name__}({text!r})"[:MAX_MESSAGE] if text else type(error).__name__,
-            node_id=self._identity.node_id,
-            pid=os.getpid(),
-            time=time.time(),
-            position=handle.position,
-        )
+        message = f"{type(error).__name__}({text!r})" if text else type(error).__name__
+        if isinstance(error, StalledError):
+            return failure_of(self._open.handle, self._identity, "stall", message, self._open.guard.stacks)
+        return failure_of(self._open.handle, self._identity, cause, message)
 
     def _leave(self, error: BaseException) -> None:
         """Cancel, exit and the like: flush the newest snapshot with a note, and stay out of the way."""
@@ -510,6 +602,21 @@ class _Task:
         time.sleep(max(deadline - time.monotonic(), 0.0))
 
 
+def failure_of(handle: Checkpoint, identity: _ray.Identity, cause: str, message: str, seen: str = "") -> FailureRecord:
+    """A failure of an attempt of this process, now."""
+    return FailureRecord(
+        cause=cause,
+        attempt=handle.attempt,
+        batch=handle.current_batch,
+        message=message[:MAX_MESSAGE],
+        node_id=identity.node_id,
+        pid=os.getpid(),
+        time=time.time(),
+        position=handle.position,
+        stacks=seen,
+    )
+
+
 def _text(error: BaseException) -> str:
     try:
         return str(error)
@@ -519,14 +626,20 @@ def _text(error: BaseException) -> str:
 
 def leave_process() -> NoReturn:
     """End this process at once, so that Ray runs the task again in another one."""
+    _flush()
+    os._exit(1)
+
+
+def _flush() -> None:
     with contextlib.suppress(OSError, ValueError):
         sys.stdout.flush()
         sys.stderr.flush()
-    os._exit(1)
 
 
 def cause_of_leaving(error: BaseException) -> str:
     """What a note in the log calls the end of an attempt that `error` cuts."""
+    if isinstance(error, StalledError):
+        return "stall"
     if isinstance(error, Exception):
         return "exception"
     if isinstance(error, (KeyboardInterrupt, asyncio.CancelledError)):

@@ -11,11 +11,13 @@ from faultguard._core.log import Finished
 from faultguard._core.names import check_worker_id
 from faultguard._core.records import Ended, Outcome
 from faultguard._core.schedule import check_every
+from faultguard._core.stall import check_timeout
 from faultguard._handle import Checkpoint
 from faultguard.errors import UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
+    from datetime import timedelta
     from types import TracebackType
 
     from faultguard._core.schedule import Every
@@ -49,7 +51,8 @@ class checkpointed:  # noqa: N801 - read as `with checkpointed(...)`
         every: how often to write: "auto" (at most 1 % of the worker's time), a number of batches, or a timedelta. None: as the
             decorator says, else "auto".
         keep: how many saves stay, at least 2. None: as before, else 3.
-        stall_timeout: not yet.
+        stall_timeout: seconds (or a timedelta) without progress after which `StalledError` is raised in the batch, and in the end the
+            process is ended. None: as the decorator or the block around says, else no limit.
         on_poison: not yet.
         allow_pickle: not yet.
 
@@ -75,13 +78,12 @@ class checkpointed:  # noqa: N801 - read as `with checkpointed(...)`
         state: Mapping[str, Any] | None = None,
         every: Every | None = None,
         keep: int | None = None,
-        stall_timeout: float | None = None,
+        stall_timeout: float | timedelta | None = None,
         on_poison: str = "fail",
         allow_pickle: bool = False,
     ) -> None:
         refuse_not_yet(
             "checkpointed",
-            stall_timeout=(stall_timeout, None),
             on_poison=(on_poison, "fail"),
             allow_pickle=(allow_pickle, False),
         )
@@ -89,13 +91,23 @@ class checkpointed:  # noqa: N801 - read as `with checkpointed(...)`
         self._state = Checkpoint.check_state(state)
         self._every = check_every(every) if every is not None else None
         self._keep = check_keep(keep) if keep is not None else None
+        self._stall_timeout_s = check_timeout("checkpointed(stall_timeout=", stall_timeout)
         self._opened: _attempt.OpenWorker | None = None  # a worker of this block's own
         self._entered: _session.entered | None = None
+        self._around: Checkpoint | None = None  # whose clock stands still
 
     def __enter__(self) -> Checkpoint:
         """Claim the worker, or take the handle of the task."""
         handle = self._without_claim()
-        return handle if handle is not None else self._enter(self._open(*self._place()))
+        if handle is not None:
+            return handle
+        place = self._place()
+        self._pause_around()
+        try:
+            return self._enter(self._open(*place))
+        except BaseException:
+            self._resume_around()
+            raise
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         """End the worker of the block, or hand the task's handle back."""
@@ -108,11 +120,15 @@ class checkpointed:  # noqa: N801 - read as `with checkpointed(...)`
         handle = self._without_claim()
         if handle is not None:
             return handle
-        opening = asyncio.ensure_future(asyncio.to_thread(self._open, *self._place()))  # its place is known only in this coroutine
+        place = self._place()  # known only in this coroutine
+        self._pause_around()
+        opening = asyncio.ensure_future(asyncio.to_thread(self._open, *place))
         try:
             return self._enter(await asyncio.shield(opening))
-        except asyncio.CancelledError as error:
-            await self._give_back(opening, error)
+        except BaseException as error:
+            self._resume_around()
+            if isinstance(error, asyncio.CancelledError):
+                await self._give_back(opening, error)
             raise
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
@@ -142,12 +158,30 @@ class checkpointed:  # noqa: N801 - read as `with checkpointed(...)`
             await asyncio.to_thread(self._end, self._opened, error)
 
     def _leave(self, error: BaseException | None) -> None:
-        if self._opened is not None:
-            self._end(self._opened, error)
-        elif error is None:
-            self._handle.leave_block(self._depth)
-        if self._entered is not None:
-            self._handle.close()
+        stalled = self._handle.guard.end() if self._opened is not None else None
+        try:
+            if self._opened is not None:
+                self._end(self._opened, error if error is not None else stalled)
+            elif error is None:
+                self._handle.leave_block(self._depth)
+            if self._entered is not None:
+                self._handle.close()
+        finally:
+            self._resume_around()
+        if stalled is not None and error is None:
+            raise stalled  # the body has swallowed it
+
+    def _pause_around(self) -> None:
+        """A worker of its own has its own clock: that of the task around it stands still meanwhile, claiming included."""
+        task = _session.context()
+        if task is not None:
+            task.handle.guard.pause()
+            self._around = task.handle
+
+    def _resume_around(self) -> None:
+        around, self._around = self._around, None
+        if around is not None:
+            around.guard.resume()
 
     def _use(self, handle: Checkpoint) -> Checkpoint:
         """The handle of the task, with the options of this block."""
@@ -155,7 +189,7 @@ class checkpointed:  # noqa: N801 - read as `with checkpointed(...)`
         self._depth = handle.depth
         if self._state is not None:
             handle.default_state(self._state)
-        handle.configure(self._every, self._keep)
+        handle.configure(self._every, self._keep, self._stall_timeout_s)
         return handle
 
     def _enter(self, task: _session.TaskContext) -> Checkpoint:
@@ -182,6 +216,7 @@ class checkpointed:  # noqa: N801 - read as `with checkpointed(...)`
             state=self._state,
             every=self._every or "auto",
             keep=self._keep or _attempt.DEFAULT_KEEP,
+            stall_timeout_s=self._stall_timeout_s or (task.handle.guard.timeout_s if task is not None else None),
         )
         local_retry = task.local_retry if task is not None else 0
         opened = _attempt.open_worker(settings, identity, options, worker_id, max_failures=-1, local_retry=local_retry)

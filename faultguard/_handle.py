@@ -14,11 +14,16 @@ from faultguard import _codec
 from faultguard._core.cursors import Cursors, Loop, input_changed
 from faultguard._core.records import HAND_WRITTEN, FailureRecord, Snapshot
 from faultguard._core.schedule import NOW, Every, Schedule
+from faultguard._core.stall import check_timeout
+from faultguard._stall import Section, StallGuard
 from faultguard._tracking import tracker
 from faultguard.errors import UsageError
 
 if TYPE_CHECKING:
+    from datetime import timedelta
+
     from faultguard._journal import Journal
+    from faultguard._tracking import Tracked
 
 __all__ = ["Checkpoint"]
 
@@ -76,6 +81,8 @@ class Checkpoint:
         self._work_before_s = snapshot.work_s if snapshot else 0.0
         self._started = time.monotonic()
         self._closed = False
+        self._by_hand: Loop | None = None  # a loop that `advance()` counts, while it may go on
+        self.guard = StallGuard(schedule, self._standing)
         self._before_block: tuple[Snapshot | None] | None = None  # of a block that a loop was left early in: what was newest then
         if journal is not None:
             journal.fields = self.fields
@@ -186,6 +193,7 @@ class Checkpoint:
                         self._boundary()
         except BaseException:
             cursors.leave(loop)
+            self.guard.leave()
             raise
         cursors.finish(loop)
         self._boundary(0)
@@ -210,8 +218,16 @@ class Checkpoint:
         raise UsageError(msg)
 
     def _source(self, iterable: Any, loop: Loop) -> Iterator[Any]:
-        """The batches from where the loop goes on; what is skipped is compared with what the checkpoint remembers."""
-        start = loop.done
+        """The batches from where the loop goes on; getting there is not timed."""
+        self.guard.enter()
+        self.guard.pause()
+        try:
+            return self._from(iterable, loop, loop.done)
+        finally:
+            self.guard.resume()
+
+    def _from(self, iterable: Any, loop: Loop, start: int) -> Iterator[Any]:
+        """The batches from `start`; what is skipped is compared with what the checkpoint remembers."""
         if callable(iterable) and not isinstance(iterable, Iterable):
             return _iter(iterable(start))
         if start == 0 or any(iterable is tracked.source for tracked in self._tracked.values()):
@@ -283,6 +299,9 @@ class Checkpoint:
         if look := time.monotonic() >= self._schedule.look_at:
             self._hear()
         self._cursors.done(loop, n)
+        if loop.name == HAND_WRITTEN and self._by_hand is None:
+            self._by_hand = loop
+            self.guard.enter()
         if wait:
             self._schedule.boundary(time.monotonic(), n)
             self._write_now()
@@ -314,9 +333,13 @@ class Checkpoint:
         if wait:
             self._write_now()
             return
-        snapshot, _ = self._snapshot()
-        if self._journal is not None:
-            self._journal.offer(snapshot, time.monotonic())
+        self.guard.pause()
+        try:
+            snapshot, _ = self._snapshot()
+            if self._journal is not None:
+                self._journal.offer(snapshot, time.monotonic())
+        finally:
+            self.guard.resume()
 
     def track(self, **objects: Any) -> None:
         """Carry objects that keep a state of their own; each is restored at this call.
@@ -336,9 +359,31 @@ class Checkpoint:
                 raise UsageError(msg)
             tracked = tracker(name, source)
             if name in self._untracked:
-                tracked.restore(self._untracked[name])
+                self._restore(tracked, self._untracked[name])
                 del self._untracked[name]
             self._tracked[name] = tracked
+
+    def section(self, name: str, timeout: float | timedelta | None) -> Section:
+        """A part of the work with a deadline of its own, and a name in the reports: `with ckpt.section("download", timeout=60): ...`.
+
+        Inside, the `stall_timeout` around it does not count; after it, its clock begins anew.
+
+        Args:
+            name: of the part.
+            timeout: seconds or a timedelta, after which `StalledError` is raised inside; None: no limit there.
+
+        Raises:
+            UsageError: `timeout` is none.
+
+        >>> ckpt = Checkpoint.in_memory()
+        >>> with ckpt.section("download", timeout=60):
+        ...     ckpt.state["page"] = "<html>"
+        """
+        self._check_open("section")
+        if not isinstance(name, str) or not name:
+            msg = f"section({name!r}) is refused; it takes a non-empty str"
+            raise UsageError(msg)
+        return Section(self.guard, name, check_timeout("section(timeout=", timeout))
 
     def idempotency_key(self, suffix: str | None = None) -> str:
         """A key for the commit of this batch to an external system: the same in every attempt, another one for every batch."""
@@ -361,8 +406,12 @@ class Checkpoint:
             SupersededError: a later attempt owns the worker.
         """
         self._check_open("check")
-        if self._journal is not None:
-            self._journal.look()
+        self.guard.pause()
+        try:
+            if self._journal is not None:
+                self._journal.look()
+        finally:
+            self.guard.resume()
 
     # --- inside ---
 
@@ -395,8 +444,10 @@ class Checkpoint:
             _codec.encode(dict(state))
         return state
 
-    def configure(self, every: Every | None = None, keep: int | None = None) -> None:
-        """Save at another interval, or keep another number of saves, from now on."""
+    def configure(self, every: Every | None = None, keep: int | None = None, stall_timeout_s: float | None = None) -> None:
+        """Save at another interval, keep another number of saves, stall after another time, from now on."""
+        if stall_timeout_s is not None:
+            self.guard.limit(stall_timeout_s)
         if every is not None:
             self._schedule.configure(every)
         if keep is not None and self._journal is not None:
@@ -422,6 +473,7 @@ class Checkpoint:
     def leave_block(self, depth: int) -> None:
         """A block on this handle, begun where `depth` loops were open, ends without an exception: its loops are over."""
         before = self.before_return
+        self._by_hand = None
         if self._cursors.close_left(depth):
             self._boundary()
             self._before_block = before
@@ -429,6 +481,7 @@ class Checkpoint:
     def close(self) -> None:
         """No more use of this handle; a loop that goes on all the same is told at its next boundary."""
         self._closed = True
+        self.guard.end()
         self._schedule.look_at = NOW
 
     def fields(self) -> dict[str, Any]:
@@ -449,23 +502,44 @@ class Checkpoint:
 
     def _boundary(self, batches: int = 1) -> None:
         """A batch is done, or a loop: take a snapshot if one is due."""
-        self._hear()
-        take = self._schedule.boundary(time.monotonic(), batches)
-        if take and not self._cursors.holds_back:
-            snapshot, due = self._snapshot()
-            if self._journal is not None:
-                self._journal.offer(snapshot, due)
+        self.guard.pause()
+        try:
+            self._hear()
+            take = self._schedule.boundary(time.monotonic(), batches)
+            if take and not self._cursors.holds_back:
+                snapshot, due = self._snapshot()
+                if self._journal is not None:
+                    self._journal.offer(snapshot, due)
+        finally:
+            self.guard.resume()
 
     def _hear(self) -> None:
-        """Raise what the loop must know before it counts its batch: the attempt is over, or the writer is in trouble."""
+        """Raise what the loop must know before it counts its batch: the attempt is over, it stalled, or the writer is in trouble."""
         self._check_open("batches")
+        self.guard.settle()
         if self._journal is not None:
             self._journal.raise_trouble()
 
     def _write_now(self) -> None:
-        snapshot, _ = self._snapshot()
-        if self._journal is not None:
-            self._journal.write(snapshot)
+        self.guard.pause()
+        try:
+            snapshot, _ = self._snapshot()
+            if self._journal is not None:
+                self._journal.write(snapshot)
+        finally:
+            self.guard.resume()
+
+    def _restore(self, tracked: Tracked, saved: Any) -> None:
+        self.guard.pause()
+        try:
+            tracked.restore(saved)
+        finally:
+            self.guard.resume()
+
+    def _standing(self) -> object:
+        """Where the open loop stands, for the watcher's thread; None where no loop is open."""
+        stack = tuple(self._cursors.stack) or (() if self._by_hand is None else (self._by_hand,))
+        return tuple((id(loop), loop.done) for loop in stack) or None
 
     def _snapshot(self) -> tuple[Snapshot, float]:
         """Encode everything as it is now, which must be a boundary, and when to write it."""

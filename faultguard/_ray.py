@@ -87,6 +87,15 @@ def identity() -> Identity:
     )
 
 
+def runs_several() -> bool:
+    """Whether this process may run other work than one task: a driver, and an actor whose methods run beside one another."""
+    worker: Any = ray._private.worker.global_worker  # noqa: SLF001 - no public name
+    if worker.mode != ray._private.worker.WORKER_MODE:  # noqa: SLF001
+        return True
+    core = worker.core_worker
+    return bool(core.current_actor_is_asyncio() or core.current_actor_max_concurrency() > 1)
+
+
 def session_name() -> str:
     """The cluster: job ids begin anew with each one."""
     node: Any = ray._private.worker._global_node  # noqa: SLF001 - the public name came after Ray 2.50

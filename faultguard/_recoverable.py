@@ -15,12 +15,14 @@ from faultguard._attempt import TaskOptions, Work, run_task
 from faultguard._checkpointed import refuse_not_yet
 from faultguard._core.names import check_worker_id
 from faultguard._core.schedule import Every, check_every
+from faultguard._core.stall import check_timeout
 from faultguard._handle import Checkpoint
 from faultguard.errors import UsageError
 from faultguard.policy import Backoff, Matcher, check_matcher
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+    from datetime import timedelta
 
     from ray import ObjectRef
 
@@ -69,7 +71,7 @@ def recoverable(
     retry_on: Matcher = Exception,
     give_up_on: Matcher = (),
     backoff: Backoff = ...,
-    stall_timeout: float | None = None,
+    stall_timeout: float | timedelta | None = None,
     reset_on_progress: bool = False,
     fresh_process_on: tuple[type[Exception], ...] = (),
     on_poison: str = "fail",
@@ -84,7 +86,7 @@ def recoverable(
     retry_on: Matcher = Exception,
     give_up_on: Matcher = (),
     backoff: Backoff = Backoff(),  # noqa: B008 - frozen
-    stall_timeout: float | None = None,
+    stall_timeout: float | timedelta | None = None,
     reset_on_progress: bool = False,
     fresh_process_on: tuple[type[Exception], ...] = (),
     on_poison: str = "fail",
@@ -104,7 +106,8 @@ def recoverable(
         retry_on: exceptions that are retried: a type, a tuple, or a predicate `exc -> bool | timedelta` (the wait).
         give_up_on: exceptions that are not, of those.
         backoff: the waits between retries.
-        stall_timeout: not yet.
+        stall_timeout: seconds (or a timedelta) without progress in a loop after which `StalledError` is raised in the batch, one failure;
+            a thread that does not come back from it within as long, at most 30 s, loses its process. None: nothing is killed.
         reset_on_progress: not yet.
         fresh_process_on: not yet.
         on_poison: not yet.
@@ -125,7 +128,6 @@ def recoverable(
     bare = max_failures is not None and not isinstance(max_failures, (int, float, str))
     refuse_not_yet(
         "recoverable",
-        stall_timeout=(stall_timeout, None),
         reset_on_progress=(reset_on_progress, False),
         fresh_process_on=(fresh_process_on, ()),
         on_poison=(on_poison, "fail"),
@@ -145,6 +147,7 @@ def recoverable(
         retry_on=check_matcher("retry_on", retry_on),
         give_up_on=check_matcher("give_up_on", give_up_on),
         backoff=backoff,
+        stall_timeout_s=check_timeout("recoverable(stall_timeout=", stall_timeout),
     )
     decorate = functools.partial(_decorate, options=options)
     return decorate(max_failures) if bare else decorate

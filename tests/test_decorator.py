@@ -151,7 +151,7 @@ OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"retry_on": KeyboardInterrupt}, "retry_on=<class 'KeyboardInterrupt'> is refused"),
     ({"give_up_on": [ValueError]}, "give_up_on=[<class 'ValueError'>] is refused"),
     ({"backoff": 1.0}, "backoff=1.0 is refused; it takes faultguard.Backoff(initial=1.0, factor=5.0, maximum=300.0)"),
-    ({"stall_timeout": 60}, "recoverable(stall_timeout=60) is refused: stall_timeout does not work yet; leave it out"),
+    ({"stall_timeout": -1}, "recoverable(stall_timeout=-1) is refused; it takes seconds (> 0), a timedelta, or None for no limit"),
     ({"reset_on_progress": True}, "recoverable(reset_on_progress=True) is refused: reset_on_progress does not work yet; leave it out"),
     ({"fresh_process_on": (OSError,)}, "is refused: fresh_process_on does not work yet; leave it out"),
     ({"on_poison": "skip"}, "recoverable(on_poison='skip') is refused: on_poison does not work yet; leave it out"),
@@ -202,11 +202,6 @@ def test_bad_options_of_a_call_are_refused(options: dict[str, Any], text: str) -
     with pytest.raises(UsageError) as caught:
         task.options(**options)
     assert text in str(caught.value)
-
-
-def test_handles_take_no_section_yet() -> None:
-    """`section` comes with stall detection; until then there is no such method."""
-    assert not hasattr(faultguard.Checkpoint, "section")
 
 
 # --- what is kept ---------------------------------------------------------------------------------------------------

@@ -1178,7 +1178,7 @@ def test_keep_is_at_least_two(keep: Any) -> None:
         checkpointed("w0", keep=keep)
 
 
-@pytest.mark.parametrize("option", [{"stall_timeout": 5.0}, {"on_poison": "skip"}, {"allow_pickle": True}], ids=str)
+@pytest.mark.parametrize("option", [{"on_poison": "skip"}, {"allow_pickle": True}], ids=str)
 def test_what_does_not_work_yet_is_refused(option: Any) -> None:
     """An option of a later version is not taken in silence."""
     name = next(iter(option))

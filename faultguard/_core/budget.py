@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from msgspec.structs import replace
+
 from faultguard._core.records import MAX_FAILURE_RECORDS, FailureRecord, Record
 
 __all__ = ["add_failure", "cost_of_crash", "exhausted", "is_charged", "next_budget"]
@@ -36,8 +38,9 @@ def next_budget(head: Record) -> tuple[int, tuple[FailureRecord, ...]]:
 
 
 def add_failure(failures: tuple[FailureRecord, ...], failure: FailureRecord) -> tuple[FailureRecord, ...]:
-    """The history with one more failure, the oldest dropped beyond the limit."""
-    return (*failures, failure)[-MAX_FAILURE_RECORDS:]
+    """The history with one more failure, which alone keeps its stacks; the oldest dropped beyond the limit."""
+    known = (replace(known, stacks="") if known.stacks else known for known in failures)
+    return (*known, failure)[-MAX_FAILURE_RECORDS:]
 
 
 def exhausted(charged: int, max_failures: int) -> bool:

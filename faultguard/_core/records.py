@@ -44,7 +44,7 @@ class FailureRecord(msgspec.Struct, frozen=True, omit_defaults=True):
     """One charged end of an attempt.
 
     Attributes:
-        cause: `"exception"`, or `"crash"` for a process that died without a word.
+        cause: `"exception"`, `"stall"`, or `"crash"` for a process that died without a word.
         attempt: the attempt that failed, counted from 1.
         batch: batches done in the innermost loop when it failed (for a crash: of the last record it left).
         message: for an exception its class and text, at most 1000 characters.
@@ -52,6 +52,7 @@ class FailureRecord(msgspec.Struct, frozen=True, omit_defaults=True):
         pid: the process that failed.
         time: when it was recorded, seconds since the epoch.
         position: batches done per loop, outer to inner.
+        stacks: of a stall, the stack of every thread, at most 8192 characters. Only the newest failure keeps it.
     """
 
     cause: str
@@ -62,6 +63,7 @@ class FailureRecord(msgspec.Struct, frozen=True, omit_defaults=True):
     pid: int = 0
     time: float = 0.0
     position: tuple[int, ...] = ()
+    stacks: str = ""
 
 
 class Owner(msgspec.Struct, frozen=True, omit_defaults=True):

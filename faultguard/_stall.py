@@ -1,0 +1,235 @@
+"""What raises `StalledError` into a thread that makes no progress: inside its batch, and nowhere else.
+
+The exception is set from another thread, and arrives when that one runs Python again. So every way out of a batch, and every
+way into code of this library that holds a lock, goes through `settle` or `pause`, which take the lock under which it is set:
+afterwards nothing is on its way any more. Set any later, it would kill the next task of the process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import sys
+import threading
+import traceback
+from typing import TYPE_CHECKING, Any
+
+from faultguard._core.schedule import NOW
+from faultguard.errors import StalledError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from faultguard._core.schedule import Schedule
+
+__all__ = ["Section", "StallGuard", "stacks"]
+
+MAX_STACKS = 8192  # characters, for a record
+
+
+class StallGuard:
+    """Where one attempt stands, and whether it may be struck there.
+
+    Args:
+        schedule: of the attempt; the loop is made to look at its next boundary.
+        standing: says where the open loop stands; None where there is none.
+    """
+
+    def __init__(self, schedule: Schedule, standing: Callable[[], object]) -> None:
+        self.timeout_s: float | None = None
+        self.watched: Callable[[], None] | None = None  # called when a timeout is set: somebody has to look from now on
+        self.stacks = ""  # of all threads, when the attempt stalled
+        self._schedule = schedule
+        self._standing = standing
+        self._lock = threading.Lock()
+        self._sections: list[Section] = []
+        self._turns = 0  # resumes and sections: each is a new start of the clock
+        self._paused = 0
+        self._over = False
+        self._thread: int | None = None
+        self._stalled: StalledError | None = None
+        self._pending = False
+
+    # --- on the thread of the loop ---
+
+    def enter(self) -> None:
+        """A loop begins in this thread, or goes on. In the thread of an event loop nothing is ever raised."""
+        self._thread = threading.get_ident() if not _has_event_loop() else None
+
+    def limit(self, timeout_s: float | None) -> None:
+        """Use another timeout from now on."""
+        self.timeout_s = timeout_s
+        if timeout_s is not None and self.watched is not None:
+            self.watched()
+
+    def pause(self) -> None:
+        """Stop the clock until `resume`: what follows is this library's own business. Raises what was on its way."""
+        with self._lock:
+            self._raise_stalled()
+            self._paused += 1
+
+    def resume(self) -> None:
+        """Let the clock run again, from zero."""
+        with self._lock:
+            self._paused -= 1
+            self._turns += 1
+
+    def leave(self) -> None:
+        """The loop is left, by an exception or early: take back what has not arrived, and raise nothing here."""
+        with self._lock:
+            self._clear()
+
+    def settle(self) -> None:
+        """Raise what was set, whether it arrived and was swallowed, or is still on its way. Then nothing is."""
+        with self._lock:
+            self._raise_stalled()
+
+    def end(self) -> StalledError | None:
+        """The attempt is over: nothing can be set any more. Returns what was, should the body have swallowed it."""
+        with self._lock:
+            self._over = True
+            self._clear()
+            return self._stalled
+
+    def _raise_stalled(self) -> None:
+        """Under the lock."""
+        self._clear()
+        if self._stalled is not None and not self._over:
+            self._schedule.look_at = NOW  # should the body swallow it, the next boundary raises it again
+            raise self._stalled.with_traceback(None)
+
+    def _clear(self) -> None:
+        """Under the lock: take back an exception that has not arrived."""
+        if self._pending:
+            self._pending = False
+            _set_async(self._thread, None)
+
+    # --- on the thread of the watcher ---
+
+    def look(self) -> tuple[object, float | None]:
+        """Where the attempt stands, equal as long as there is no progress, and its timeout there; None: nothing is timed."""
+        if self._over or self._paused:
+            return None, None
+        turns = self._turns
+        section = self._innermost()
+        if section is not None:
+            return ((turns, section.name), section.timeout_s) if section.timeout_s is not None else (None, None)
+        standing = self._standing()
+        return ((turns, standing) if standing is not None else None), self.timeout_s
+
+    @property
+    def thread(self) -> int | None:
+        """The thread that is struck; None: it runs an event loop, or no loop has begun."""
+        section = self._innermost()
+        return section.thread if section is not None else self._thread
+
+    @property
+    def section(self) -> str | None:
+        """Name of the innermost section."""
+        section = self._innermost()
+        return section.name if section is not None else None
+
+    def strike(self, key: object, error: StalledError, stacks: str) -> bool:
+        """Raise `error` in the thread, if it still stands at `key`. False: it does not, or nothing can be raised there."""
+        with self._lock:
+            thread = self.thread
+            if self.look()[0] != key or thread is None:
+                return False
+            self._schedule.look_at = NOW  # before the last look: a loop that does not see it has not counted its batch yet
+            if self.look()[0] != key:
+                return False
+            self._stalled, self.stacks = error, stacks
+            self._thread, self._pending = thread, True
+            return _set_async(thread, _raising(error))
+
+    def hold(self, key: object) -> bool:
+        """Keep the attempt from going on, for good, if it still stands at `key`: the process is about to end."""
+        self._lock.acquire()
+        if self.look()[0] == key:
+            return True
+        self._lock.release()
+        return False
+
+    def _innermost(self) -> Section | None:
+        sections = self._sections
+        try:
+            return sections[-1]
+        except IndexError:
+            return None
+
+    # --- sections ---
+
+    def open(self, section: Section) -> None:
+        """A section begins in this thread."""
+        with self._lock:
+            self._raise_stalled()
+            self._turns += 1
+            self._sections.append(section)
+        if section.timeout_s is not None and self.watched is not None:
+            self.watched()
+
+    def close(self, section: Section) -> None:
+        """It ends; the clock of what is around it begins anew."""
+        with self._lock:
+            self._turns += 1
+            if section in self._sections:
+                self._sections.remove(section)
+            self._clear()
+
+
+class Section:
+    """A part of the work with a deadline and a name of its own; what `Checkpoint.section` gives."""
+
+    def __init__(self, guard: StallGuard, name: str, timeout_s: float | None) -> None:
+        self.name = name
+        self.timeout_s = timeout_s
+        self.thread: int | None = None
+        self._guard = guard
+
+    def __enter__(self) -> None:
+        """Start its clock."""
+        self.thread = threading.get_ident() if not _has_event_loop() else None
+        self._guard.open(self)
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Stop it. A stall that was swallowed inside, or comes at the very end, is raised here."""
+        self._guard.close(self)
+        if kind is None:
+            self._guard.settle()
+
+
+def stacks(first: int | None) -> str:
+    """The stack of every thread of this process, that of the thread `first` before the others."""
+    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    frames = sys._current_frames()  # noqa: SLF001 - the documented way
+    order = sorted(frames, key=lambda ident: (ident != first, ident))
+    parts = [f"Thread {names.get(ident, ident)}:\n{''.join(traceback.format_stack(frames[ident]))}" for ident in order]
+    text = "\n".join(parts)
+    return text if len(text) <= MAX_STACKS else f"{text[: MAX_STACKS - 4]}\n..."
+
+
+def _has_event_loop() -> bool:
+    if "asyncio" not in sys.modules:
+        return False
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
+
+
+def _raising(error: StalledError) -> type[StalledError]:
+    """A class that gives `error` when it is raised: an exception for another thread is set by its class, without arguments."""
+
+    class StalledThereError(StalledError):
+        def __new__(cls, *_: Any) -> Any:
+            return error
+
+    return StalledThereError
+
+
+def _set_async(thread: int | None, error: type[BaseException] | None) -> bool:
+    """Set, or with None take back, an exception that arrives in a thread when it runs Python again."""
+    target = ctypes.c_ulong(thread or 0)
+    found: int = ctypes.pythonapi.PyThreadState_SetAsyncExc(target, ctypes.py_object(error) if error is not None else None)
+    return found == 1
