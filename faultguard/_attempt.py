@@ -33,7 +33,7 @@ from faultguard._log import StoredLog
 from faultguard._process import ProcessId, is_dead, this_process
 from faultguard._session import TaskContext, entered, leave_all
 from faultguard._settings import Settings, checked_store
-from faultguard._stall import StallGuard, stacks
+from faultguard._stall import StallGuard, first_stack, stacks
 from faultguard._watch import AwakeClock
 from faultguard.errors import (
     CheckpointNotSerializableError,
@@ -148,11 +148,12 @@ class OpenWorker:
         key, timeout_s = self.guard.look()
         awake = self._slow_clock.read(now)
         if self._slow.look(key if timeout_s is None else None, None, awake) is Stall.SLOW:
+            seen = stacks(self.guard.thread)
             text = (
                 f"{self._stands_still(self._slow.age_s(awake))}, much longer than before. Nothing is done about it; with stall_timeout=... "
-                f"it would be retried.\n{stacks(self.guard.thread)}"
+                f"it would be retried.\n{first_stack(seen)}"
             )
-            _emit_beside(logging.WARNING, "faultguard.slow_batch", text, **self.handle.fields())
+            _emit_beside(logging.WARNING, "faultguard.slow_batch", text, **self.handle.fields(), stacks=seen)
 
     def _stands_still(self, age_s: float) -> str:
         handle, guard = self.handle, self.guard
@@ -171,8 +172,8 @@ class OpenWorker:
         raised = guard.strike(key, error, seen)
         if raised or guard.look()[0] == key:
             what = "StalledError is raised there" if raised else "nothing is raised into the thread of an event loop"
-            fields = {**handle.fields(), "stall_s": round(age_s, 3), "raised": raised}
-            _emit_beside(logging.WARNING, "faultguard.stalled", f"{text}; {what}.\n{seen}", **fields)
+            fields = {**handle.fields(), "stall_s": round(age_s, 3), "raised": raised, "stacks": seen}
+            _emit_beside(logging.WARNING, "faultguard.stalled", f"{text}; {what}.\n{first_stack(seen)}", **fields)
 
     def leave_hard(self, key: object, age_s: float, timeout_s: float) -> None:
         """The thread does not come back: note that and end the process, if nobody else works in it."""
@@ -197,7 +198,8 @@ class OpenWorker:
         try:
             self.journal.leave(Ended("stall", charged=True), failure)
         finally:  # whatever the store says: the next attempt finds out
-            _events.emit(logging.WARNING, "faultguard.stall_exit", f"{text}; its process is ended.\n{seen}", **self.handle.fields())
+            fields = {**self.handle.fields(), "stacks": seen}
+            _events.emit(logging.WARNING, "faultguard.stall_exit", f"{text}; its process is ended.\n{first_stack(seen)}", **fields)
             _flush()
 
     def _hosts_others(self) -> bool:

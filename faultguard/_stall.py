@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from faultguard._core.schedule import Schedule
 
-__all__ = ["Section", "StallGuard", "stacks"]
+__all__ = ["Section", "StallGuard", "first_stack", "stacks"]
 
 MAX_STACKS = 8192  # characters, for a record
 
@@ -199,13 +199,18 @@ class Section:
 
 
 def stacks(first: int | None) -> str:
-    """The stack of every thread of this process, that of the thread `first` before the others."""
+    """The stack of every thread of this process, that of the thread `first` before the others, our own last."""
     names = {thread.ident: thread.name for thread in threading.enumerate()}
     frames = sys._current_frames()  # noqa: SLF001 - the documented way
-    order = sorted(frames, key=lambda ident: (ident != first, ident))
+    order = sorted(frames, key=lambda ident: (ident != first, str(names.get(ident)).startswith("faultguard-"), ident))
     parts = [f"Thread {names.get(ident, ident)}:\n{''.join(traceback.format_stack(frames[ident]))}" for ident in order]
     text = "\n".join(parts)
     return text if len(text) <= MAX_STACKS else f"{text[: MAX_STACKS - 4]}\n..."
+
+
+def first_stack(text: str) -> str:
+    """Of what `stacks` gave, the thread that is meant."""
+    return text.partition("\n\nThread ")[0].rstrip()
 
 
 def _has_event_loop() -> bool:

@@ -71,7 +71,14 @@ class SupersededError(FaultguardError):
 
 
 class StalledError(FaultguardError):
-    """A batch made no progress for longer than its `stall_timeout`."""
+    """A batch made no progress for longer than its `stall_timeout`, or a section for longer than its `timeout`.
+
+    `batch` counts the batches done in the innermost loop.
+    """
+
+    worker_id: str
+    attempt: int
+    batch: int
 
 
 class InputChangedError(FaultguardError):

@@ -75,6 +75,13 @@ def wait_until(condition: Any, timeout_s: float = 30.0) -> Any:
     return answer
 
 
+def hang(seconds: float = 90.0) -> None:
+    """Wait in Python, where an exception can arrive."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        time.sleep(0.005)
+
+
 def die(kind: str) -> NoReturn:
     """End this process, or raise, in one of `KINDS`."""
     if kind == "exception":
