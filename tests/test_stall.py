@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from faultguard._stall import StallGuard
 
 WAIT_S = 90
-SHORT_S = 0.15  # a timeout of tests without a cluster
-ROUNDS = 150
+SHORT_S = 0.4  # a timeout of tests without a cluster
+ROUNDS = 80
 
 
 @pytest.fixture
