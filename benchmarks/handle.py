@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import math
 import random
-import threading
 import time
 from typing import Any
 
@@ -40,37 +39,25 @@ def plain_state(seed: int = 7) -> dict[str, Any]:
 
 
 def loop(bench: Bench) -> Measured:
-    """Per batch: the generator with its clock, and a lock that a later part takes to end a stalled batch."""
+    """Per batch: the generator with its clock. What ends a stalled batch takes its lock only where something is due."""
     n = 10_000  # a millisecond: most blocks are not interrupted by anybody, and opening and ending the loop does not show
     found = in_turn(
         20 if bench.quick else 500,
         bare=lambda: _bare(n) / n,
         ours=lambda: _batches(n) / n,
-        locked=lambda: _locked(n) / n,
     )
-    bare, ours, locked = (median(found[name]) for name in ("bare", "ours", "locked"))
-    over, lock = ours - bare, locked - bare
+    bare, ours = (median(found[name]) for name in ("bare", "ours"))
+    over = ours - bare
     details = (
         f"bare loop {us(bare)}, batches() {us(ours)} per batch: {us(over)} over it; {ratio(found, 'ours', 'bare'):.1f} x the bare loop",
-        f"an uncontended lock taken and given back: {us(lock)}, added here because the part that needs it is not written yet",
     )
-    return Measured((over + lock) * 1e6, details, lambda: profile(lambda: _batches(1000), 20))
+    return Measured(over * 1e6, details, lambda: profile(lambda: _batches(1000), 20))
 
 
 def _bare(n: int) -> float:
     started = time.perf_counter()
     for _ in range(n):
         pass
-    return time.perf_counter() - started
-
-
-def _locked(n: int) -> float:
-    lock = threading.Lock()
-    acquire, release = lock.acquire, lock.release  # half the price of `with lock`
-    started = time.perf_counter()
-    for _ in range(n):
-        acquire()
-        release()
     return time.perf_counter() - started
 
 
