@@ -26,7 +26,7 @@ from faultguard._core import log as rules
 from faultguard._core.budget import exhausted, is_charged
 from faultguard._core.records import Ended, FailureRecord, Outcome, Owner, Record, Snapshot
 from faultguard._core.schedule import Every, Schedule
-from faultguard._core.stall import Stall, StallWatch
+from faultguard._core.silence import Held
 from faultguard._handle import Checkpoint
 from faultguard._journal import Journal, superseded
 from faultguard._log import StoredLog
@@ -34,7 +34,6 @@ from faultguard._process import ProcessId, is_dead, this_process
 from faultguard._session import TaskContext, entered, leave_all
 from faultguard._settings import Settings, checked_store
 from faultguard._stall import StallGuard, first_stack, stacks
-from faultguard._watch import AwakeClock
 from faultguard.errors import (
     CheckpointNotSerializableError,
     DuplicateWorkerError,
@@ -57,6 +56,7 @@ POISON_FAILURES = 3
 HOLDER_POLL_S = 0.2
 LONG_WAIT_S = 1.0  # shorter waits are not worth a call
 MANAGER_WAIT_S = 10.0
+FIRST_BEAT_WAIT_S = 2.0
 LAST_WORDS_S = 30.0  # for the record of a process that is ended because it hangs; after that its successor calls it a crash
 
 
@@ -97,13 +97,19 @@ class OpenWorker:
         self._identity = identity
         self._started = time.time()
         self._status = ""
-        self._slow = StallWatch()
-        self._slow_clock = AwakeClock()
+        self.mark_every_s = settings.heartbeat_interval
+        self.held = Held(handle.task, handle.worker_id, handle.token)
         _held_here[journal.held.owner.writer] = self
-        _beater.register(self)
-        self.guard.watched = self._watched
-        if self.guard.timeout_s is not None:
+        self.guard.on_timed = self._watched
+        self.guard.on_change = self._remark
+        timed = self.guard.timeout_s is not None
+        if timed:
             self._watched()
+        if timed and journal.held.failures:  # it may stand still, as a whole, at once: what it did before
+            _watcher.mark(self)
+            _beater.register(self, wait_s=FIRST_BEAT_WAIT_S)
+        else:
+            _beater.register(self)
 
     @property
     def guard(self) -> StallGuard:
@@ -113,10 +119,14 @@ class OpenWorker:
     def _watched(self) -> None:
         if not self._status:
             _watcher.watch(self)
+            if self._status:  # closed meanwhile
+                _watcher.unwatch(self)
+
+    def _remark(self) -> None:
+        _watcher.remark(self)
 
     def beat(self) -> dict[str, object]:
         """What the manager is told, on the beater's thread."""
-        self._look_slow()
         handle, held = self.handle, self.journal.held
         return {
             "task": handle.task,
@@ -129,11 +139,18 @@ class OpenWorker:
             "position": handle.position,
             "total_batches": handle.total_batches,
             "node_id": self._identity.node_id,
-            "pid": os.getpid(),
+            "boot_id": held.owner.boot_id,
+            "pid": held.owner.pid,
+            "start_time": held.owner.start_time,
             "started_at": self._started,
             "last_checkpoint": self.journal.log.path(held.last),
             "failure_count": held.charged,
         }
+
+    def begins(self) -> None:
+        """It works for longer than a moment: from now on the process says on its node, too, that it lives."""
+        self._watched()
+        _watcher.mark(self)
 
     def final_beat(self) -> dict[str, object]:
         """The last one."""
@@ -141,19 +158,14 @@ class OpenWorker:
 
     # --- stalls ---
 
-    def _look_slow(self) -> None:
-        """Without a timeout nothing is raised or killed; what takes suspiciously long is said, once."""
-        now = time.monotonic()
-        self._slow_clock.tick(now, 2 * self.settings.heartbeat_interval)
-        key, timeout_s = self.guard.look()
-        awake = self._slow_clock.read(now)
-        if self._slow.look(key if timeout_s is None else None, None, awake) is Stall.SLOW:
-            seen = stacks(self.guard.thread)
-            text = (
-                f"{self._stands_still(self._slow.age_s(awake))}, much longer than before. Nothing is done about it; with stall_timeout=... "
-                f"it would be retried.\n{first_stack(seen)}"
-            )
-            _emit_beside(logging.WARNING, "faultguard.slow_batch", text, **self.handle.fields(), stacks=seen)
+    def slow(self, age_s: float) -> None:
+        """Without a timeout nothing is raised or killed; what takes suspiciously long is said, once; on the thread of the watcher."""
+        seen = stacks(self.guard.thread)
+        text = (
+            f"{self._stands_still(age_s)}, much longer than before. Nothing is done about it; with stall_timeout=... it would be "
+            f"retried.\n{first_stack(seen)}"
+        )
+        _events.emit_beside(logging.WARNING, "faultguard.slow_batch", text, **self.handle.fields(), stacks=seen)
 
     def _stands_still(self, age_s: float) -> str:
         handle, guard = self.handle, self.guard
@@ -173,14 +185,14 @@ class OpenWorker:
         if raised or guard.look()[0] == key:
             what = "StalledError is raised there" if raised else "nothing is raised into the thread of an event loop"
             fields = {**handle.fields(), "stall_s": round(age_s, 3), "raised": raised, "stacks": seen}
-            _emit_beside(logging.WARNING, "faultguard.stalled", f"{text}; {what}.\n{first_stack(seen)}", **fields)
+            _events.emit_beside(logging.WARNING, "faultguard.stalled", f"{text}; {what}.\n{first_stack(seen)}", **fields)
 
     def leave_hard(self, key: object, age_s: float, timeout_s: float) -> None:
         """The thread does not come back: note that and end the process, if nobody else works in it."""
         guard = self.guard
-        if guard.thread is None or self._hosts_others():
+        if guard.thread is None or self.hosts_others():
             text = f"{self._stands_still(age_s)}; this process is not ended, because it hosts other work."
-            _emit_beside(logging.ERROR, "faultguard.stall_stays", text, **self.handle.fields())
+            _events.emit_beside(logging.ERROR, "faultguard.stall_stays", text, **self.handle.fields())
             return
         seen = guard.stacks or stacks(guard.thread)
         text = f"{self._stands_still(age_s)} (stall_timeout={timeout_s:g} s) and does not react"
@@ -202,7 +214,7 @@ class OpenWorker:
             _events.emit(logging.WARNING, "faultguard.stall_exit", f"{text}; its process is ended.\n{first_stack(seen)}", **fields)
             _flush()
 
-    def _hosts_others(self) -> bool:
+    def hosts_others(self) -> bool:
         """Whether other work than that of this task runs in this process, as far as one can know."""
         mine = self._identity.task_id
         opened = [worker for worker in tuple(_held_here.values()) if worker is not None]
@@ -662,11 +674,6 @@ def _poison_batch(failures: tuple[FailureRecord, ...]) -> int | None:
 # --- saying ---------------------------------------------------------------------------------------------------------
 
 
-def _emit_beside(*args: Any, **fields: Any) -> None:
-    """Log from a thread of its own: in a new process the first event imports structlog, and the first batch need not wait for that."""
-    threading.Thread(target=_events.emit, args=args, kwargs=fields, name="faultguard-event", daemon=True).start()
-
-
 def _say_resumed(handle: Checkpoint, held: rules.Held, max_failures: int, wait_s: float = 0.0, *, beside: bool = False) -> None:
     """One line per failure and resume, ids first: Ray folds lines that are alike."""
     failure = held.failures[-1]
@@ -677,7 +684,7 @@ def _say_resumed(handle: Checkpoint, held: rules.Held, max_failures: int, wait_s
     how = f"with {failure.message}" if failure.message else f"by {failure.cause} (pid {failure.pid})"
     when = f" {ago:.1f} s ago" if failure.cause != "crash" else ""
     after = f", after a wait of {wait_s:.1f} s" if wait_s >= LONG_WAIT_S else ""
-    emit = _emit_beside if beside else _events.emit
+    emit = _events.emit_beside if beside else _events.emit
     emit(
         logging.WARNING,
         "faultguard.attempt_resumed",

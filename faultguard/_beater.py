@@ -11,7 +11,7 @@ import math
 import os
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 import ray
@@ -41,6 +41,9 @@ class Source(Protocol):
     def settings(self) -> Settings:
         """Of its run."""
 
+    def begins(self) -> None:
+        """It is going to beat for the first time; called on the beater's thread."""
+
     def beat(self) -> dict[str, object]:
         """What the manager is told; called on the beater's thread."""
 
@@ -54,15 +57,19 @@ class _Client:
 
     source: Source
     first: float
+    begun: bool = False
     beaten: bool = False
+    sent: threading.Event = field(default_factory=threading.Event)
 
 
-def register(source: Source) -> None:
-    """Let a worker beat from now on, for the first time in `FIRST_BEAT_S`."""
+def register(source: Source, wait_s: float = 0.0) -> None:
+    """Let a worker beat from now on, for the first time in `FIRST_BEAT_S`; with `wait_s` at once, and wait so long for it."""
     _hook()
-    client = _Client(source, time.monotonic() + FIRST_BEAT_S)
+    client = _Client(source, time.monotonic() + (FIRST_BEAT_S if not wait_s else 0.0))
     _clients[id(source)] = client
     _beater.add(client)
+    if wait_s and _ray.is_ready():
+        client.sent.wait(wait_s)
 
 
 def unregister(source: Source) -> None:
@@ -112,14 +119,15 @@ class _Line:
         """Beat for all these workers in one call, and see whether it arrives."""
         self._due = time.monotonic() + self._settings.heartbeat_interval
         try:
-            handle = find_or_make(self._settings, RESOLVE_S)
-            self._ref = handle.beat.remote([beat for client in clients if (beat := _beat(client)) is not None])
+            beats = [beat for client in clients if (beat := _beat(client)) is not None]
+            self._ref = find_or_make(self._settings, RESOLVE_S).beat.remote(beats)
         except (ManagerUnavailableError, ray.exceptions.RayError) as error:
             self._drop(error)
             return
         self._sent = time.monotonic()
         for client in clients:
             client.beaten = True
+            client.sent.set()
         if not self._settle(REPLY_S):
             self._due = time.monotonic() + REPLY_S
 
@@ -165,6 +173,9 @@ class _Line:
 def _beat(client: _Client) -> dict[str, object] | None:
     """One beat; None where the worker cannot say one, which must not silence the others."""
     try:
+        if not client.begun:
+            client.begun = True
+            client.source.begins()
         return client.source.beat()
     except Exception as error:  # noqa: BLE001 - see above
         _report(threading.current_thread().name, error)

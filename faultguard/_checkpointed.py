@@ -175,13 +175,13 @@ class checkpointed:  # noqa: N801 - read as `with checkpointed(...)`
         """A worker of its own has its own clock: that of the task around it stands still meanwhile, claiming included."""
         task = _session.context()
         if task is not None:
-            task.handle.guard.pause()
+            task.handle.guard.lend()
             self._around = task.handle
 
     def _resume_around(self) -> None:
         around, self._around = self._around, None
         if around is not None:
-            around.guard.resume()
+            around.guard.take_back()
 
     def _use(self, handle: Checkpoint) -> Checkpoint:
         """The handle of the task, with the options of this block."""

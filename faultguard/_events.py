@@ -10,12 +10,13 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import threading
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import MutableMapping
 
-__all__ = ["LOGGER_NAME", "emit"]
+__all__ = ["LOGGER_NAME", "emit", "emit_beside", "report"]
 
 LOGGER_NAME = "faultguard"
 _RESERVED = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "exc_info", "stack_info", "stacklevel", "extra"}
@@ -34,6 +35,17 @@ def emit(level: int, event: str, sentence: str, **fields: Any) -> None:
     """
     if logging.getLogger(LOGGER_NAME).isEnabledFor(level):
         _pipeline().log(level, event, sentence=sentence, **fields)
+
+
+def emit_beside(*args: Any, **fields: Any) -> None:
+    """`emit` from a thread of its own: in a new process the first event imports structlog, and a logger may hang."""
+    threading.Thread(target=emit, args=args, kwargs=fields, name="faultguard-event", daemon=True).start()
+
+
+def report(thread: str, error: Exception) -> None:
+    """Say an error of our own that a thread survives."""
+    text = f"thread {thread} goes on after an error of its own: {error!r}"
+    emit(logging.ERROR, "faultguard.thread_error", text, thread=thread, error=repr(error))
 
 
 @functools.lru_cache(maxsize=1)

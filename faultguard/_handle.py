@@ -196,6 +196,7 @@ class Checkpoint:
             self.guard.leave()
             raise
         cursors.finish(loop)
+        self.guard.loop_over()
         self._boundary(0)
 
     def _begin(self, loop: Loop, *, closed: bool) -> None:
@@ -220,11 +221,8 @@ class Checkpoint:
     def _source(self, iterable: Any, loop: Loop) -> Iterator[Any]:
         """The batches from where the loop goes on; getting there is not timed."""
         self.guard.enter()
-        self.guard.pause()
-        try:
+        with self.guard.untimed() if loop.done or not loop.depth else self.guard.paused():
             return self._from(iterable, loop, loop.done)
-        finally:
-            self.guard.resume()
 
     def _from(self, iterable: Any, loop: Loop, start: int) -> Iterator[Any]:
         """The batches from `start`; what is skipped is compared with what the checkpoint remembers."""
@@ -304,7 +302,7 @@ class Checkpoint:
             self.guard.enter()
         if wait:
             self._schedule.boundary(time.monotonic(), n)
-            self._write_now()
+            self._write_now(wait=True)
         elif look:
             self._boundary(n)
 
@@ -330,16 +328,7 @@ class Checkpoint:
                 "next loop begins or the block ends"
             )
             raise UsageError(msg)
-        if wait:
-            self._write_now()
-            return
-        self.guard.pause()
-        try:
-            snapshot, _ = self._snapshot()
-            if self._journal is not None:
-                self._journal.offer(snapshot, time.monotonic())
-        finally:
-            self.guard.resume()
+        self._write_now(wait=wait)
 
     def track(self, **objects: Any) -> None:
         """Carry objects that keep a state of their own; each is restored at this call.
@@ -373,7 +362,7 @@ class Checkpoint:
             timeout: seconds or a timedelta, after which `StalledError` is raised inside; None: no limit there.
 
         Raises:
-            UsageError: `timeout` is none.
+            UsageError: `timeout` is not a positive number, a timedelta or None.
 
         >>> ckpt = Checkpoint.in_memory()
         >>> with ckpt.section("download", timeout=60):
@@ -406,12 +395,9 @@ class Checkpoint:
             SupersededError: a later attempt owns the worker.
         """
         self._check_open("check")
-        self.guard.pause()
-        try:
+        with self.guard.paused():
             if self._journal is not None:
                 self._journal.look()
-        finally:
-            self.guard.resume()
 
     # --- inside ---
 
@@ -520,21 +506,19 @@ class Checkpoint:
         if self._journal is not None:
             self._journal.raise_trouble()
 
-    def _write_now(self) -> None:
-        self.guard.pause()
-        try:
+    def _write_now(self, *, wait: bool) -> None:
+        with self.guard.paused():
             snapshot, _ = self._snapshot()
-            if self._journal is not None:
+            if self._journal is None:
+                return
+            if wait:
                 self._journal.write(snapshot)
-        finally:
-            self.guard.resume()
+            else:
+                self._journal.offer(snapshot, time.monotonic())
 
     def _restore(self, tracked: Tracked, saved: Any) -> None:
-        self.guard.pause()
-        try:
+        with self.guard.untimed():
             tracked.restore(saved)
-        finally:
-            self.guard.resume()
 
     def _standing(self) -> object:
         """Where the open loop stands, for the watcher's thread; None where no loop is open."""

@@ -265,16 +265,11 @@ def _work(journals: list[Journal]) -> float:
         try:
             due = min(due, journal.write_due(now))
         except Exception as error:  # noqa: BLE001 - whatever it is, the next snapshot is another try
-            _report(_THREAD, error)
+            _events.report(_THREAD, error)
     _idle.since = time.thread_time()
     return due
 
 
-def _report(name: str, error: Exception) -> None:
-    text = f"thread {name} goes on after an error of its own: {error!r}"
-    _events.emit(logging.ERROR, "faultguard.thread_error", text, thread=name, error=repr(error))
-
-
 _THREAD = "faultguard-writer"
 _idle = threading.local()  # per writer thread: its processor time when it last had nothing to do
-_writer: Sidecar[Journal] = Sidecar(_THREAD, _work, _report)
+_writer: Sidecar[Journal] = Sidecar(_THREAD, _work, _events.report)

@@ -20,13 +20,15 @@ import ray
 
 from faultguard import _events, _ray
 from faultguard._core.records import Outcome
+from faultguard._core.silence import Verdict
+from faultguard._prober import Prober
 from faultguard._settings import PROTOCOL, Settings, check_max_failures, decode_settings, option, resolve_checkpoint_dir
 from faultguard._watch import LiveView
 from faultguard.errors import ManagerUnavailableError, UsageError
 from faultguard.storage import open_store, store_id
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from ray.actor import ActorHandle
 
@@ -71,6 +73,7 @@ class RecoveryManagerActor:
         self._looking: dict[str, asyncio.Future[bool]] = {}
         self._pauses = 0
         self._monitor: _Ticker | None = None
+        self._prober = Prober(self._settings.heartbeat_timeout)
         if name:
             period_s = min(self._settings.heartbeat_interval, JOB_CHECK_S)
             _Ticker("faultguard-watch", period_s, functools.partial(self._watch, period_s)).start()
@@ -274,15 +277,50 @@ class RecoveryManagerActor:
         """One look of a shared manager."""
         for beat in self._live.check(time.monotonic(), period_s):
             _say_silent(beat)
+        for said, verdict in self._prober.step(self._live.silent(), time.monotonic()):
+            if verdict is Verdict.ALIVE:
+                self._live.found(said, time.monotonic())
+            _say_found(said, verdict)
         # A task of the dead driver may be an actor of the user that lives on, and works.
         if self._live.quiet_s(time.monotonic()) > 2 * self._settings.heartbeat_interval and _ray.job_is_over(self._settings.job_id):
             ray.kill(ray.get_actor(self._name, namespace=_ray.NAMESPACE), no_restart=True)
 
 
-def _say_silent(beat: dict[str, Any]) -> None:
-    text = f"'{beat['task']}/{beat['worker_id']}' attempt {beat['attempt']} is silent: no heartbeat for {beat['age_s']:.0f} s."
+_FOUND = {
+    Verdict.ALIVE: "lives: only its heartbeats do not arrive",
+    Verdict.GONE: "is not held by its process any more",
+    Verdict.BUSY: "stands still, and may have a reason, such as C code that holds the interpreter; with stall_timeout=... that would end",
+    Verdict.TRACED: "stands still in a debugger",
+    Verdict.UNKNOWN: "cannot be seen from its node",
+    Verdict.KILL_STOPPED: "was stopped by a signal; its process is ended, and Ray starts anew",
+    Verdict.KILL_STALLED: "stood still for longer than its stall_timeout, its interpreter too; its process is ended, and Ray starts anew",
+    None: "is on a node that does not answer; Ray decides about that",
+}
+_QUIET = {Verdict.ALIVE, Verdict.GONE}
+
+
+def _say_silent(beat: Mapping[str, Any]) -> None:
+    _say(beat, logging.WARNING, "faultguard.worker_silent", f"is silent: no heartbeat for {beat['age_s']:.0f} s")
+
+
+def _say_found(beat: Mapping[str, Any], verdict: Verdict | None) -> None:
+    event = "faultguard.worker_killed" if verdict is not None and verdict.kills else "faultguard.worker_probed"
+    level = logging.DEBUG if verdict in _QUIET else logging.WARNING
+    _say(beat, level, event, _FOUND[verdict], verdict=verdict.name.lower() if verdict is not None else "unreachable")
+
+
+def _say(beat: Mapping[str, Any], level: int, event: str, text: str, **more: Any) -> None:
     fields = {key: beat[key] for key in ("run", "task", "worker_id", "attempt", "token", "node_id", "pid")}
-    _events.emit(logging.WARNING, "faultguard.worker_silent", text, **fields, batch=beat["current_batch"], age_s=round(beat["age_s"], 3))
+    if "age_s" in beat:
+        fields["age_s"] = round(beat["age_s"], 3)
+    _events.emit(
+        level,
+        event,
+        f"'{beat['task']}/{beat['worker_id']}' attempt {beat['attempt']} {text}.",
+        **fields,
+        batch=beat["current_batch"],
+        **more,
+    )
 
 
 class _Ticker(threading.Thread):

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-__all__ = ["ProcessId", "is_dead", "this_process"]
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+__all__ = ["ProcessId", "is_dead", "is_stopped", "is_traced", "opened", "this_process"]
 
 _STATE_FIELD = 0  # of /proc/<pid>/stat, after the name in parentheses
 _START_FIELD = 19
+_STOPPED = "T"  # by a signal; a debugger makes it "t"
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +47,35 @@ def is_dead(process: ProcessId) -> bool | None:
     if stat is None or stat[_STATE_FIELD] in {"Z", "X"}:
         return True
     return int(stat[_START_FIELD]) != process.start_time
+
+
+def is_stopped(pid: int) -> bool:
+    """Whether a signal has stopped it, as SIGSTOP does."""
+    stat = _stat(pid)
+    return stat is not None and stat[_STATE_FIELD] == _STOPPED
+
+
+def is_traced(pid: int) -> bool:
+    """Whether a debugger is attached to it."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return False
+    return any(line.startswith("TracerPid:") and line.split()[1] != "0" for line in lines)
+
+
+@contextlib.contextmanager
+def opened(process: ProcessId) -> Iterator[int | None]:
+    """A descriptor of this very process, for signals, whoever gets its pid later; None: it is gone, or may not be touched."""
+    try:
+        descriptor = os.pidfd_open(process.pid)
+    except OSError:
+        yield None
+        return
+    try:
+        yield descriptor if is_dead(process) is False else None  # asked after it was opened: the pid may have been another's
+    finally:
+        os.close(descriptor)
 
 
 @functools.lru_cache(maxsize=1)

@@ -24,6 +24,7 @@ __all__ = [
     "get_within",
     "identity",
     "is_actor_class",
+    "is_done",
     "is_driver",
     "is_options_wrapper",
     "is_ready",
@@ -34,6 +35,9 @@ __all__ = [
     "kv_put",
     "options_at_submission",
     "refuse_client_mode",
+    "result_or_none",
+    "run_on_node",
+    "session_dir",
     "session_name",
     "was_terminated",
 ]
@@ -100,6 +104,12 @@ def session_name() -> str:
     """The cluster: job ids begin anew with each one."""
     node: Any = ray._private.worker._global_node  # noqa: SLF001 - the public name came after Ray 2.50
     return str(node.session_name)
+
+
+def session_dir() -> str:
+    """Ray's directory of this session on this node."""
+    node: Any = ray._private.worker._global_node  # noqa: SLF001 - no public name
+    return str(node.get_session_dir_path())
 
 
 def kv_put(key: str, value: bytes) -> None:
@@ -172,6 +182,30 @@ UNREACHABLE = (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError, ray
 def get_within(ref: Any, seconds: float) -> Any:
     """`ray.get` with a bound. On the main thread of a task it lends the CPU to others while it waits."""
     return ray.get(ref, timeout=max(seconds, 0.0))
+
+
+def run_on_node(function: Callable[..., Any], node_id: str, *args: Any) -> Any:
+    """Start `function(*args)` as a task on that node and no other; it takes no CPU. Gives the reference."""
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    strategy = NodeAffinitySchedulingStrategy(node_id, soft=False)
+    task: Any = ray.remote(num_cpus=0, max_retries=0)(function)
+    return task.options(scheduling_strategy=strategy).remote(*args)
+
+
+def is_done(ref: Any) -> bool:
+    """Whether a task has ended, however."""
+    return bool(ray.wait([ref], timeout=0)[0])
+
+
+def result_or_none(ref: Any) -> Any:
+    """The value of a task that has ended; None: it has not, or not well."""
+    if not is_done(ref):
+        return None
+    try:
+        return ray.get(ref)
+    except ray.exceptions.RayError:
+        return None
 
 
 def refuse_client_mode() -> None:

@@ -8,7 +8,9 @@ afterwards nothing is on its way any more. Set any later, it would kill the next
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ctypes
+import math
 import sys
 import threading
 import traceback
@@ -18,7 +20,7 @@ from faultguard._core.schedule import NOW
 from faultguard.errors import StalledError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from faultguard._core.schedule import Schedule
 
@@ -37,7 +39,8 @@ class StallGuard:
 
     def __init__(self, schedule: Schedule, standing: Callable[[], object]) -> None:
         self.timeout_s: float | None = None
-        self.watched: Callable[[], None] | None = None  # called when a timeout is set: somebody has to look from now on
+        self.on_timed: Callable[[], None] | None = None  # called when a timeout is set: somebody has to look from now on
+        self.on_change: Callable[[], None] | None = None  # called when `timing` has another answer
         self.stacks = ""  # of all threads, when the attempt stalled
         self._schedule = schedule
         self._standing = standing
@@ -45,6 +48,9 @@ class StallGuard:
         self._sections: list[Section] = []
         self._turns = 0  # resumes and sections: each is a new start of the clock
         self._paused = 0
+        self._untimed = 0
+        self._lent = 0
+        self._timed = False
         self._over = False
         self._thread: int | None = None
         self._stalled: StalledError | None = None
@@ -59,8 +65,57 @@ class StallGuard:
     def limit(self, timeout_s: float | None) -> None:
         """Use another timeout from now on."""
         self.timeout_s = timeout_s
-        if timeout_s is not None and self.watched is not None:
-            self.watched()
+        if timeout_s is not None:
+            self._watch()
+            self._changed()
+
+    def _watch(self) -> None:
+        self._timed = True
+        if self.on_timed is not None:
+            self.on_timed()
+
+    def _changed(self) -> None:
+        """What the file of this process says must be right at any moment: the process may stand still from the next one on."""
+        if self._timed and self.on_change is not None:
+            self.on_change()
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """`pause` and `resume` around a block of this library's own business."""
+        self.pause()
+        try:
+            yield
+        finally:
+            self.resume()
+
+    @contextlib.contextmanager
+    def untimed(self) -> Iterator[None]:
+        """The same where code of others may take as long as it likes, and hold the interpreter."""
+        with self.paused():
+            self._untimed += 1
+            self._changed()
+            try:
+                yield
+            finally:
+                self._untimed -= 1
+        self._changed()
+
+    def lend(self) -> None:
+        """From now on another worker of this task says what is timed; raises what was on its way."""
+        self.pause()
+        self._lent += 1
+        self._changed()
+
+    def take_back(self) -> None:
+        """End what `lend` began."""
+        self._lent -= 1
+        self.resume()
+        self._changed()
+
+    def loop_over(self) -> None:
+        """A loop is over; after the outermost one nothing is timed."""
+        if self._standing() is None:
+            self._changed()
 
     def pause(self) -> None:
         """Stop the clock until `resume`: what follows is this library's own business. Raises what was on its way."""
@@ -78,6 +133,7 @@ class StallGuard:
         """The loop is left, by an exception or early: take back what has not arrived, and raise nothing here."""
         with self._lock:
             self._clear()
+        self._changed()
 
     def settle(self) -> None:
         """Raise what was set, whether it arrived and was swallowed, or is still on its way. Then nothing is."""
@@ -116,6 +172,14 @@ class StallGuard:
             return ((turns, section.name), section.timeout_s) if section.timeout_s is not None else (None, None)
         standing = self._standing()
         return ((turns, standing) if standing is not None else None), self.timeout_s
+
+    def timing(self) -> float | None:
+        """The timeout that holds now, infinity where nothing is timed; None: that is another worker's matter."""
+        if self._over or self._lent:
+            return None
+        section = self._innermost()
+        timeout_s = section.timeout_s if section is not None else self.timeout_s if self._standing() is not None else None
+        return timeout_s if timeout_s is not None and not self._untimed else math.inf
 
     @property
     def thread(self) -> int | None:
@@ -165,8 +229,9 @@ class StallGuard:
             self._raise_stalled()
             self._turns += 1
             self._sections.append(section)
-        if section.timeout_s is not None and self.watched is not None:
-            self.watched()
+        if section.timeout_s is not None:
+            self._watch()
+        self._changed()
 
     def close(self, section: Section) -> None:
         """It ends; the clock of what is around it begins anew."""
@@ -175,6 +240,7 @@ class StallGuard:
             if section in self._sections:
                 self._sections.remove(section)
             self._clear()
+        self._changed()
 
 
 class Section:

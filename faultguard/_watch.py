@@ -102,6 +102,18 @@ class LiveView:
             self._forget()
             return [self._told(live, now) for live in silent]
 
+    def silent(self) -> list[Mapping[str, Any]]:
+        """The newest beats of those who are silent."""
+        with self._lock:
+            return [live.said for live in self._workers.values() if live.silent]
+
+    def found(self, said: Mapping[str, Any], now: float) -> None:
+        """The process of that beat lives, as was seen on its node; its beats are lost on their way."""
+        with self._lock:
+            live = self._workers.get((said["task"], said["worker_id"]))
+            if live is not None and live.said is said:
+                live.heard, live.silent = self._clock.read(now), False
+
     def last_beat(self, task: str, worker_id: str, now: float) -> dict[str, float | None]:
         """Say how long ago the worker beat, and for how long this view has listened. Seconds; age None: never heard."""
         with self._lock:

@@ -1,25 +1,28 @@
-"""One thread per process that sees that a worker with a `stall_timeout` stands still, raises, and in the end ends the process.
+"""One thread per process that sees where its workers stand; it waits for nothing else, neither a store nor the network.
 
-It exists only where a timeout was asked for. What the process as a whole missed (frozen, starved, its interpreter held by C
-code) counts for nobody: the manager's probe decides about that, from outside.
+It marks the file that says that this process lives, says what takes suspiciously long, and where there is a `stall_timeout`,
+raises, and in the end ends the process. What the process as a whole missed (frozen, starved, its interpreter held by C code)
+counts for nobody: the manager's probe decides about that, from outside.
 """
 
 from __future__ import annotations
 
-import logging
+import math
+import os
 import threading
 import time
 from typing import TYPE_CHECKING, Protocol
 
-from faultguard import _events
+from faultguard import _events, _marks
 from faultguard._core.stall import GRACE_S, Stall, StallWatch
 from faultguard._sidecar import Sidecar
 from faultguard._watch import AwakeClock
 
 if TYPE_CHECKING:
+    from faultguard._core.silence import Held
     from faultguard._stall import StallGuard
 
-__all__ = ["Watched", "unwatch", "watch"]
+__all__ = ["Watched", "mark", "remark", "unwatch", "watch"]
 
 MIN_STEP_S = 0.02
 MAX_STEP_S = 1.0
@@ -30,9 +33,21 @@ LATE_FACTOR = 2.0  # a look that comes so much later than promised was not the f
 class Watched(Protocol):
     """A worker that is watched."""
 
+    mark_every_s: float
+
     @property
     def guard(self) -> StallGuard:
         """Where it stands."""
+
+    @property
+    def held(self) -> Held:
+        """Which worker, and which attempt of it."""
+
+    def hosts_others(self) -> bool:
+        """Whether other work than this runs in the process."""
+
+    def slow(self, age_s: float) -> None:
+        """Say that it takes long."""
 
     def stalled(self, key: object, age_s: float, timeout_s: float) -> None:
         """Raise in its thread."""
@@ -47,6 +62,7 @@ class _Client:
     def __init__(self, worker: Watched) -> None:
         self.worker = worker
         self.watch = StallWatch()
+        self.marked = False
 
 
 def watch(worker: Watched) -> None:
@@ -59,41 +75,81 @@ def watch(worker: Watched) -> None:
 
 
 def unwatch(worker: Watched) -> None:
-    """Watch it no more."""
+    """Watch it no more, and say so in the file."""
     with _lock:
         client = _clients.pop(id(worker), None)
     if client is not None:
         _watcher.remove(client)
+        if client.marked:
+            mark()
+
+
+def mark(worker: Watched | None = None) -> None:
+    """Mark the file of this process now: with `worker`, because something is timed there from now on, or not timed any more."""
+    global _mark_at  # noqa: PLW0603 - under the lock
+    with _lock:
+        if worker is not None and (client := _clients.get(id(worker))) is not None:
+            client.marked = True
+        workers = [client.worker for client in _clients.values() if client.marked]
+        if workers:
+            _mark_at = time.monotonic() + min(worker.mark_every_s for worker in workers)
+            _marks.write((worker.held for worker in workers), _kill_after_s(workers))
+        else:
+            _mark_at = math.inf
+            _marks.erase()
+
+
+def remark(worker: Watched) -> None:
+    """Mark the file again, if `worker` stands in it: what is timed there has changed."""
+    client = _clients.get(id(worker))
+    if client is not None and client.marked:
+        mark()
+
+
+def _kill_after_s(workers: list[Watched]) -> float | None:
+    """How long the process may stand still before it may be ended from outside: as long as its watcher would wait, if it could run."""
+    timeouts = [worker.guard.timing() for worker in workers]
+    timed = [seconds for seconds in timeouts if seconds is not None]
+    if not timed or math.inf in timed or any(worker.hosts_others() for worker in workers):
+        return None
+    return max(seconds + min(seconds, GRACE_S) for seconds in timed)
 
 
 def _work(clients: list[_Client]) -> float:
     """Look at all of them."""
     now = time.monotonic()
-    step = MAX_STEP_S
+    step = min(client.worker.mark_every_s for client in clients)
     seen = [(client, *client.worker.guard.look()) for client in clients]
     for _, key, timeout_s in seen:
-        if key is not None and timeout_s is not None:
-            step = min(step, max(min(timeout_s, GRACE_S) / LOOKS_PER_TIMEOUT, MIN_STEP_S))
+        if timeout_s is not None:
+            step = min(step, MAX_STEP_S)
+            if key is not None:
+                step = min(step, max(min(timeout_s, GRACE_S) / LOOKS_PER_TIMEOUT, MIN_STEP_S))
+    if now >= _mark_at:
+        mark()
     _clock.tick(now, LATE_FACTOR * step)
     awake = _clock.read(now)
     for client, key, timeout_s in seen:
-        if timeout_s is None:
-            client.watch.look(None, None, awake)
-            continue
         verdict = client.watch.look(key, timeout_s, awake)
-        if verdict is Stall.SOFT:
+        if verdict is Stall.SLOW:
+            client.worker.slow(client.watch.age_s(awake))
+        elif timeout_s is not None and verdict is Stall.SOFT:
             client.worker.stalled(key, client.watch.age_s(awake), timeout_s)
-        elif verdict is Stall.HARD:
+        elif timeout_s is not None and verdict is Stall.HARD:
             client.worker.leave_hard(key, client.watch.age_s(awake), timeout_s)
-    return now + step
+    return min(now + step, _mark_at)
 
 
-def _report(name: str, error: Exception) -> None:
-    text = f"thread {name} goes on after an error of its own: {error!r}"
-    _events.emit(logging.ERROR, "faultguard.thread_error", text, thread=name, error=repr(error))
+def _after_fork() -> None:
+    """A child holds nothing, and has no thread."""
+    global _lock, _mark_at
+    _lock, _mark_at = threading.Lock(), math.inf
+    _clients.clear()
 
 
 _lock = threading.Lock()
 _clients: dict[int, _Client] = {}
+_mark_at = math.inf
 _clock = AwakeClock()
-_watcher: Sidecar[_Client] = Sidecar("faultguard-watcher", _work, _report)
+_watcher: Sidecar[_Client] = Sidecar("faultguard-watcher", _work, _events.report)
+os.register_at_fork(after_in_child=_after_fork)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import signal
@@ -162,6 +163,31 @@ def doomed(worker_id: str, trace: Trace, kinds: list[str], *, kill_manager: bool
             die(kind)
         ckpt.advance(wait=True)
     return ckpt.attempt
+
+
+def hold_the_interpreter(seconds: float) -> None:
+    """Burn CPU in one C call that no other thread can interrupt."""
+    started = time.perf_counter()
+    sum(range(10_000_000))
+    sum(range(int(10_000_000 * seconds / (time.perf_counter() - started))))
+
+
+def loop_in_c(worker_id: str, kind: str, seconds: float, trace: Trace) -> Any:
+    """A loop whose batch 3 holds the interpreter, in the first attempt, when it is known to the manager."""
+    ckpt = faultguard.current()
+    for batch in ckpt.batches(range(6)):
+        trace.note("batch", worker_id, attempt=ckpt.attempt, batch=batch)
+        ckpt.state["sum"] = ckpt.state.get("sum", 0) + batch
+        ckpt.state.setdefault("seen", []).append(batch)
+        if batch == 3 and ckpt.attempt <= (2 if kind == "hang twice" else 1):
+            if ckpt.attempt == 1:
+                with ckpt.section("wait for the manager", timeout=None):
+                    wait_until(lambda: trace.notes("go"))
+            if kind == "burn":
+                hold_the_interpreter(seconds)
+            else:
+                ctypes.PyDLL(None).sleep(int(seconds))
+    return result(ckpt)
 
 
 def result(ckpt: faultguard.Checkpoint) -> tuple[int, list[int]]:

@@ -75,6 +75,9 @@ class FakeSource:
             "failure_count": 0,
         }
 
+    def begins(self) -> None:
+        """Nothing to do."""
+
     def final_beat(self) -> dict[str, object]:
         """The last thing it says."""
         return {**self.beat(), "status": "completed"}

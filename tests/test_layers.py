@@ -28,7 +28,7 @@ LAYERS = [  # each may import those above it, and its own; `_session`, `_events`
     {"policy"},
     {"_core"},
     {"storage", "_codec"},
-    {"_log", "_sidecar", "_journal", "_tracking", "_settings", "_watch", "_stall", "_handle"},
+    {"_log", "_sidecar", "_journal", "_tracking", "_settings", "_watch", "_stall", "_handle", "_marks", "_probe", "_prober"},
     {"_views", "_registry", "_manager", "_beater", "_watcher"},
     {"_attempt", "_run", "_get"},
     {"_checkpointed"},

@@ -14,7 +14,7 @@ import pytest
 import ray
 
 import faultguard
-from tests.tasks import NOWAIT, Trace, expected, records, result, wait_until
+from tests.tasks import NOWAIT, Trace, expected, loop_in_c, manager_pid, records, result, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -174,3 +174,125 @@ def test_a_store_that_hangs_makes_no_worker_look_dead(start_run: StartRun, trace
     assert end.kind == "end"
     assert end.snapshot is not None
     assert end.snapshot.batch == n
+
+
+# --- probes ---------------------------------------------------------------------------------------------------------
+
+
+def told(session: str, part: str) -> list[str]:
+    """Lines that the manager, or a worker, has said."""
+    logs = [log for kind in ("worker-*.err", "python-core-worker-*.log") for log in (Path(session) / "session_latest" / "logs").glob(kind)]
+    return [line for log in logs for line in log.read_text(errors="replace").splitlines() if part in line]
+
+
+def attempts(trace: Trace) -> set[int]:
+    """Of the worker of a test."""
+    return {note["attempt"] for note in trace.notes("batch")}
+
+
+def test_a_stopped_worker_is_replaced(start_run: StartRun, trace: Trace, ray_cluster: str) -> None:
+    """Nobody continues it: its process is ended, and the next attempt does the rest. It is charged as the crash that it is."""
+    start_run(heartbeat_interval=INTERVAL_S, heartbeat_timeout=TIMEOUT_S)
+    ref = steps.remote("replaced", 30, 0.1, trace)
+    pid = int(wait_until(lambda: trace.notes("batch"))[0]["pid"])
+    wait_until_heard("replaced")
+    os.kill(pid, signal.SIGSTOP)
+    assert ray.get(ref, timeout=WAIT_S) == expected(30)
+    assert attempts(trace) == {1, 2}
+    assert len(wait_until(lambda: told(ray_cluster, "'steps/replaced' attempt 1 was stopped by a signal; its process is ended"))) == 1
+
+
+@faultguard.recoverable(every=1, backoff=NOWAIT)
+@ray.remote(num_cpus=0.5)
+def in_c(worker_id: str, kind: str, seconds: float, trace: Trace) -> Any:
+    """See `loop_in_c`."""
+    return loop_in_c(worker_id, kind, seconds, trace)
+
+
+@faultguard.recoverable(every=1, backoff=NOWAIT, stall_timeout=1.0)
+@ray.remote(num_cpus=0.5)
+def in_c_with_timeout(worker_id: str, kind: str, seconds: float, trace: Trace) -> Any:
+    """See `loop_in_c`."""
+    return loop_in_c(worker_id, kind, seconds, trace)
+
+
+def test_c_code_that_holds_the_interpreter_is_left_alone(start_run: StartRun, trace: Trace, ray_cluster: str) -> None:
+    """It beats not, and marks no file, for three times `heartbeat_timeout`: it may be healthy, and here it is."""
+    start_run(heartbeat_interval=INTERVAL_S, heartbeat_timeout=TIMEOUT_S)
+    ref = in_c.remote("burns", "burn", 3 * TIMEOUT_S, trace)
+    wait_until_heard("burns")
+    trace.note("go", "burns")
+    assert ray.get(ref, timeout=WAIT_S) == expected(6)
+    assert attempts(trace) == {1}
+    assert told(ray_cluster, "'in_c/burns' attempt 1 is silent")
+
+
+@pytest.mark.parametrize("kind", ["hang", "hang twice"])
+def test_hung_in_c_with_the_interpreter(kind: str, start_run: StartRun, trace: Trace, ray_cluster: str) -> None:
+    """No thread of the process can see it, so its `stall_timeout` is enforced from outside; also straight after the start."""
+    start_run(heartbeat_interval=INTERVAL_S, heartbeat_timeout=TIMEOUT_S)
+    ref = in_c_with_timeout.remote(kind, kind, 300, trace)
+    wait_until_heard(kind)
+    trace.note("go", kind)
+    assert ray.get(ref, timeout=WAIT_S) == expected(6)
+    assert attempts(trace) == ({1, 2} if kind == "hang" else {1, 2, 3})
+    assert told(ray_cluster, "stood still for longer than its stall_timeout")
+
+
+def test_a_manager_that_was_frozen_blames_nobody(start_run: StartRun, trace: Trace, ray_cluster: str) -> None:
+    """For three times `heartbeat_timeout` it heard nothing, because it did not listen."""
+    start_run(heartbeat_interval=INTERVAL_S, heartbeat_timeout=TIMEOUT_S)
+    ref = steps.remote("unheard", 80, 0.1, trace)
+    wait_until_heard("unheard")
+    with stopped(manager_pid()):
+        time.sleep(3 * TIMEOUT_S)
+    assert ray.get(ref, timeout=WAIT_S) == expected(80)
+    assert attempts(trace) == {1}
+    assert not told(ray_cluster, "'steps/unheard' attempt 1 is silent")
+
+
+@faultguard.recoverable(every=1, backoff=NOWAIT)
+@ray.remote(num_cpus=0.5)
+def mute(worker_id: str, n: int, trace: Trace) -> Any:
+    """A loop whose beats are lost after the first one."""
+    from faultguard import _beater
+
+    ckpt, send = faultguard.current(), _beater._Line._send
+    try:
+        for batch in ckpt.batches(range(n)):
+            if trace.notes("go"):
+                _beater._Line._send = lambda *_: None  # type: ignore[method-assign]
+            trace.note("batch", worker_id, attempt=ckpt.attempt, batch=batch)
+            time.sleep(0.1)
+            ckpt.state["sum"] = ckpt.state.get("sum", 0) + batch
+            ckpt.state.setdefault("seen", []).append(batch)
+    finally:
+        _beater._Line._send = send  # type: ignore[method-assign]
+    return result(ckpt)
+
+
+def test_beats_that_are_lost_on_their_way_harm_nobody(start_run: StartRun, trace: Trace, ray_cluster: str) -> None:
+    """A probe sees on the node that the process lives."""
+    start_run(heartbeat_interval=INTERVAL_S, heartbeat_timeout=TIMEOUT_S)
+    ref = mute.remote("mute", 100, trace)
+    wait_until_heard("mute")
+    trace.note("go", "mute")
+    wait_until(lambda: is_silent("mute"))
+    wait_until(lambda: not is_silent("mute"))
+    assert ray.get(ref, timeout=WAIT_S) == expected(100)
+    assert attempts(trace) == {1}
+    assert told(ray_cluster, "'mute/mute' attempt 1 is silent")
+
+
+def test_frozen_and_thawed_within_the_timeout(start_run: StartRun, trace: Trace) -> None:
+    """Again and again, and nobody minds."""
+    start_run(heartbeat_interval=INTERVAL_S, heartbeat_timeout=TIMEOUT_S)
+    ref = steps.remote("thawed", 30, 0.1, trace)
+    pid = int(wait_until(lambda: trace.notes("batch"))[0]["pid"])
+    wait_until_heard("thawed")
+    for _ in range(3):
+        with stopped(pid):
+            time.sleep(0.6 * TIMEOUT_S)
+        time.sleep(2 * INTERVAL_S)
+    assert ray.get(ref, timeout=WAIT_S) == expected(30)
+    assert attempts(trace) == {1}

@@ -1,0 +1,102 @@
+"""The manager's side of probes: which silent workers are looked at, when again, and what came of it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from faultguard import _ray
+from faultguard._core.silence import Held, Verdict
+from faultguard._probe import Answer, Silent, probe
+from faultguard._process import ProcessId
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from faultguard._core.silence import Look
+
+__all__ = ["Prober"]
+
+LOOKS_PER_TIMEOUT = 4
+
+
+@dataclass(slots=True)
+class _Flight:
+    """A probe on its way."""
+
+    ref: Any
+    beats: list[Mapping[str, Any]]
+    until: float
+    told: bool = False
+
+
+@dataclass(slots=True)
+class _Known:
+    """What earlier probes said of a worker."""
+
+    again_at: float = -math.inf
+    stood: Look | None = None
+    over: bool = False
+
+
+class Prober:
+    """Probes silent workers on their nodes, one task per node at a time.
+
+    Args:
+        heartbeat_timeout_s: of the run.
+    """
+
+    def __init__(self, heartbeat_timeout_s: float) -> None:
+        self._timeout_s = heartbeat_timeout_s
+        self._flights: dict[str, _Flight] = {}
+        self._known: dict[Held, _Known] = {}
+
+    def step(self, silent: list[Mapping[str, Any]], now: float) -> list[tuple[Mapping[str, Any], Verdict | None]]:
+        """Start the probes that are due, and take what the others say.
+
+        Args:
+            silent: the newest beats of the workers that nothing is heard of.
+            now: monotonic seconds.
+
+        Returns:
+            Beats of workers with what was found; None: their node does not answer.
+        """
+        found = [answer for node_id in list(self._flights) for answer in self._land(node_id, now)]
+        self._known = {held: self._known.get(held, _Known()) for held in map(_held, silent)}
+        by_node: dict[str, list[Mapping[str, Any]]] = {}
+        for beat in silent:
+            known = self._known[_held(beat)]
+            if now >= known.again_at and not known.over and beat["node_id"] not in self._flights:
+                by_node.setdefault(beat["node_id"], []).append(beat)
+        for node_id, beats in by_node.items():
+            asked = [Silent(_held(beat), _process(beat), self._known[_held(beat)].stood) for beat in beats]
+            self._flights[node_id] = _Flight(_ray.run_on_node(probe, node_id, asked, self._timeout_s), beats, now + self._timeout_s)
+        return found
+
+    def _land(self, node_id: str, now: float) -> list[tuple[Mapping[str, Any], Verdict | None]]:
+        flight = self._flights[node_id]
+        answers: list[Answer] | None = _ray.result_or_none(flight.ref)
+        if answers is None and not _ray.is_done(flight.ref):
+            if now < flight.until or flight.told:
+                return []
+            flight.told = True  # it stays on its way: the node may come back
+            return [(beat, None) for beat in flight.beats]
+        del self._flights[node_id]
+        if answers is None:  # the node is gone: Ray runs the task elsewhere
+            return [(beat, self._note(beat, Answer(Verdict.GONE), now)) for beat in flight.beats]
+        return [(beat, self._note(beat, answer, now)) for beat, answer in zip(flight.beats, answers, strict=True)]
+
+    def _note(self, beat: Mapping[str, Any], answer: Answer, now: float) -> Verdict:
+        known = self._known.setdefault(_held(beat), _Known())
+        known.again_at, known.stood = now + self._timeout_s / LOOKS_PER_TIMEOUT, answer.stood
+        known.over = answer.verdict.kills or answer.verdict is Verdict.GONE
+        return answer.verdict
+
+
+def _held(beat: Mapping[str, Any]) -> Held:
+    return Held(beat["task"], beat["worker_id"], beat["token"])
+
+
+def _process(beat: Mapping[str, Any]) -> ProcessId:
+    return ProcessId(beat["boot_id"], beat["pid"], beat["start_time"])
