@@ -76,6 +76,7 @@ class RecoveryManagerActor:
         self._prober = Prober(self._settings.heartbeat_timeout)
         if name:
             period_s = min(self._settings.heartbeat_interval, JOB_CHECK_S)
+            self._live.check(time.monotonic(), period_s)  # from here on its own absence is nobody's silence
             _Ticker("faultguard-watch", period_s, functools.partial(self._watch, period_s)).start()
         if _ray.kv_get(self._monitoring_key):  # this process replaces one that was monitoring
             self._pool.submit(self._resume_monitoring)

@@ -236,7 +236,7 @@ def test_hung_in_c_with_the_interpreter(kind: str, start_run: StartRun, trace: T
     trace.note("go", kind)
     assert ray.get(ref, timeout=WAIT_S) == expected(6)
     assert attempts(trace) == ({1, 2} if kind == "hang" else {1, 2, 3})
-    assert told(ray_cluster, "stood still for longer than its stall_timeout")
+    wait_until(lambda: told(ray_cluster, f"'in_c_with_timeout/{kind}' attempt 1 stood still for longer than its stall_timeout"))
 
 
 def test_a_manager_that_was_frozen_blames_nobody(start_run: StartRun, trace: Trace, ray_cluster: str) -> None:
