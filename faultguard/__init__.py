@@ -8,7 +8,7 @@ from faultguard._get import get
 from faultguard._handle import Checkpoint
 from faultguard._manager import RecoveryManager
 from faultguard._recoverable import RecoverableFunction, recoverable
-from faultguard._run import Run, init, shutdown
+from faultguard._run import Run, cancel, init, shutdown
 from faultguard._views import WorkerState, manager, workers
 from faultguard.errors import (
     CheckpointCorruptError,
@@ -50,6 +50,7 @@ __all__ = [
     "UsageError",
     "WorkerState",
     "batches",
+    "cancel",
     "checkpointed",
     "current",
     "get",

@@ -34,6 +34,7 @@ from faultguard._process import ProcessId, is_dead, this_process
 from faultguard._session import TaskContext, entered, leave_all
 from faultguard._settings import Settings, checked_store
 from faultguard._stall import StallGuard, first_stack, stacks
+from faultguard._stops import CALLS, Cancelled, Drained, cancelled_here
 from faultguard.errors import (
     CheckpointNotSerializableError,
     DuplicateWorkerError,
@@ -90,8 +91,10 @@ class Work:
 class OpenWorker:
     """A worker that this process holds: its handle, its log, its beats. It is what the beater asks."""
 
-    def __init__(self, settings: Settings, identity: _ray.Identity, journal: Journal, handle: Checkpoint) -> None:
+    def __init__(self, settings: Settings, identity: _ray.Identity, journal: Journal, handle: Checkpoint, *, leaves: bool) -> None:
         self.settings = settings
+        self._leaves = leaves  # whether Ray runs its task again when it leaves
+        self._told = ""
         self.journal = journal
         self.handle = handle
         self._identity = identity
@@ -145,6 +148,7 @@ class OpenWorker:
             "started_at": self._started,
             "last_checkpoint": self.journal.log.path(held.last),
             "failure_count": held.charged,
+            "cancels": self.settings.cancels,
         }
 
     def begins(self) -> None:
@@ -155,6 +159,35 @@ class OpenWorker:
     def final_beat(self) -> dict[str, object]:
         """The last one."""
         return self.beat()
+
+    def told(self, reply: str) -> None:
+        """What the manager answered to a beat; on the beater's thread. It comes again with every beat, as long as it is true."""
+        if self._status or reply in {"ok", "ended"}:
+            return
+        if reply == "superseded":
+            self.journal.suspect()
+        elif reply == "drained":
+            self._drained()
+        elif reply == "cancelled":
+            self._cancelled()
+        self._told = reply
+
+    def _drained(self) -> None:
+        """The node is going to be taken away: save what there is; what Ray runs again elsewhere leaves at its next boundary."""
+        text = f"'{self.handle.task}/{self.handle.worker_id}' attempt {self.handle.attempt} is on a node that is being drained"
+        self.journal.excuse(Ended("drained", charged=False))
+        if self._leaves:
+            self.handle.stop(lambda: Drained(f"{text}; it leaves, and Ray runs it again on another node"))
+        if self._told != "drained":
+            then = "goes on elsewhere after its batch" if self._leaves else "has saved, and goes on as long as it is there"
+            _events.emit_beside(logging.WARNING, "faultguard.node_drains", f"{text}; it {then}.", **self.handle.fields())
+
+    def _cancelled(self) -> None:
+        """Raise inside the batch in hand, where there is one in a thread of its own, and at the next boundary in any case."""
+        handle, guard = self.handle, self.guard
+        text = f"'{handle.task}/{handle.worker_id}' attempt {handle.attempt} was cancelled by {CALLS}"
+        handle.stop(lambda: cancelled_here(text))
+        guard.strike(guard.look()[0], Cancelled(text))
 
     # --- stalls ---
 
@@ -254,8 +287,9 @@ def open_worker(
     *,
     max_failures: int,
     local_retry: int = 0,
+    leaves: bool = False,
 ) -> OpenWorker | rules.Finished:
-    """Claim a worker and restore what it saved.
+    """Claim a worker and restore what it saved. `leaves`: Ray runs its task again when it leaves a node that is drained.
 
     Raises:
         SupersededError: a later attempt of the same work has begun already.
@@ -272,13 +306,27 @@ def open_worker(
         boot_id=process.boot_id,
         pid=process.pid,
         start_time=process.start_time,
+        ray_worker=identity.ray_worker,
     )
     me = rules.Claimant(owner=owner, task=options.name, worker_id=worker_id, max_failures=max_failures)
     try:
-        return _open(log, me, settings, identity, options)
+        if identity.attempt:
+            me = replace(me, crashed=_death_of_holder(log))
+        return _open(log, me, settings, identity, options, leaves=leaves)
     except BaseException as error:
         _give_back(log, owner, cause_of_leaving(error))
         raise
+
+
+def _death_of_holder(log: StoredLog) -> tuple[str, str]:
+    """Who held the worker, and what its process died of: for the history only, so whatever cannot be found out is a crash."""
+    try:
+        head = log.newest()
+        if head is not None and head.ended is None and head.owner.ray_worker:
+            return head.owner.writer, _ray.death_of(head.owner.ray_worker) or "crash"
+    except Exception as trouble:  # noqa: BLE001 - a log that cannot be read is told by the claim
+        _events.emit(logging.DEBUG, "faultguard.death_unknown", f"what the last attempt died of is not known: {trouble}")
+    return "", ""
 
 
 def _give_back(log: StoredLog, owner: Owner, cause: str) -> None:
@@ -294,7 +342,7 @@ def _give_back(log: StoredLog, owner: Owner, cause: str) -> None:
 
 
 def _open(
-    log: StoredLog, me: rules.Claimant, settings: Settings, identity: _ray.Identity, options: TaskOptions
+    log: StoredLog, me: rules.Claimant, settings: Settings, identity: _ray.Identity, options: TaskOptions, *, leaves: bool
 ) -> OpenWorker | rules.Finished:
     """Claim, and make the handle."""
     granted = _claim(log, me, settings)
@@ -307,7 +355,7 @@ def _open(
         _say_damaged(handle, granted.damaged)
     if granted.held.attempt > 1 and granted.held.failures:
         _say_resumed(handle, granted.held, me.max_failures, beside=True)
-    return OpenWorker(settings, identity, journal, handle)
+    return OpenWorker(settings, identity, journal, handle, leaves=leaves)
 
 
 def _handle(settings: Settings, options: TaskOptions, journal: Journal, schedule: Schedule, snapshot: Snapshot | None) -> Checkpoint:
@@ -386,8 +434,10 @@ def _duplicate(me: rules.Claimant, head: Record, settings: Settings) -> Duplicat
 def run_task(settings: Settings, identity: _ray.Identity, options: TaskOptions, worker_id: str, work: Work) -> Any:
     """Run a decorated task to its outcome: the value, or the error that Ray is to report."""
     max_failures = options.max_failures if options.max_failures is not None else settings.max_failures
+    if settings.cancels < _beater.cancelled_all(settings):
+        raise Cancelled(f"'{options.name}/{worker_id}' was cancelled by {CALLS} before it began")
     try:
-        opened = open_worker(settings, identity, options, worker_id, max_failures=max_failures)
+        opened = open_worker(settings, identity, options, worker_id, max_failures=max_failures, leaves=True)
         if isinstance(opened, rules.Finished):
             return _recorded(opened, settings, options, work, max_failures)
         return _Task(opened, settings, identity, options, work=work, max_failures=max_failures).run()
@@ -479,7 +529,7 @@ class _Task:
     def _attempt(self) -> Any:
         """One execution of the body."""
         handle = self._open.handle
-        task = TaskContext(handle, self._settings, self._identity, self._journal.held.owner.local_retry)
+        task = TaskContext(handle, self._settings, self._identity, self._journal.held.owner.local_retry, decorated=True)
         try:
             with entered(task):
                 value = self._work.call()
@@ -558,7 +608,7 @@ class _Task:
         schedule = Schedule(self._options.every, time.monotonic())
         reopened = journal.reopened(schedule, self._options.keep)
         handle = _handle(self._settings, self._options, reopened, schedule, journal.held.durable)
-        self._open = OpenWorker(self._settings, self._identity, reopened, handle)
+        self._open = OpenWorker(self._settings, self._identity, reopened, handle, leaves=True)
         _say_resumed(handle, journal.held, self._max_failures, state.next_action.sleep)
 
     def _leave_for_new_arguments(self, failure: FailureRecord) -> NoReturn:
@@ -654,6 +704,8 @@ def cause_of_leaving(error: BaseException) -> str:
     """What a note in the log calls the end of an attempt that `error` cuts."""
     if isinstance(error, StalledError):
         return "stall"
+    if isinstance(error, Drained):
+        return "drained"
     if isinstance(error, Exception):
         return "exception"
     if isinstance(error, (KeyboardInterrupt, asyncio.CancelledError)):

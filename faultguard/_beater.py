@@ -24,7 +24,7 @@ from faultguard.errors import ManagerUnavailableError
 if TYPE_CHECKING:
     from faultguard._settings import Settings
 
-__all__ = ["Source", "register", "unregister"]
+__all__ = ["Source", "cancelled_all", "register", "unregister"]
 
 FIRST_BEAT_S = 0.5  # shorter tasks cost no call, and make no actor
 REPLY_S = 0.5  # a reply is waited for on the spot; a later one is looked for every so often
@@ -49,6 +49,9 @@ class Source(Protocol):
 
     def final_beat(self) -> dict[str, object]:
         """The last one; called by `unregister`."""
+
+    def told(self, reply: str) -> None:
+        """Take the manager's answer to a beat; called on the beater's thread."""
 
 
 @dataclass(slots=True, eq=False)
@@ -97,6 +100,7 @@ class _Line:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._ref: Any = None
+        self._beaten: list[_Client] = []  # for whom it is
         self._sent = 0.0
         self._due = 0.0
         self._lost = False
@@ -119,7 +123,8 @@ class _Line:
         """Beat for all these workers in one call, and see whether it arrives."""
         self._due = time.monotonic() + self._settings.heartbeat_interval
         try:
-            beats = [beat for client in clients if (beat := _beat(client)) is not None]
+            said = [(client, beat) for client in clients if (beat := _beat(client)) is not None]
+            beats, self._beaten = [beat for _, beat in said], [client for client, _ in said]
             self._ref = find_or_make(self._settings, RESOLVE_S).beat.remote(beats)
         except (ManagerUnavailableError, ray.exceptions.RayError) as error:
             self._drop(error)
@@ -139,11 +144,14 @@ class _Line:
             self._ref = ref
             return False
         try:
-            ray.get(ref)
+            replies, cancelled = ray.get(ref)
         except ray.exceptions.RayError as error:
             self._drop(error)
         else:
             self._back()
+            _cancelled[self._settings.job_id, self._settings.run] = cancelled
+            for client, reply in zip(self._beaten, replies, strict=True):
+                _tell(client, reply)
         return True
 
     def _drop(self, why: object) -> None:
@@ -180,6 +188,18 @@ def _beat(client: _Client) -> dict[str, object] | None:
     except Exception as error:  # noqa: BLE001 - see above
         _report(threading.current_thread().name, error)
         return None
+
+
+def _tell(client: _Client, reply: str) -> None:
+    try:
+        client.source.told(reply)
+    except Exception as error:  # noqa: BLE001 - the others are to hear their replies
+        _report(threading.current_thread().name, error)
+
+
+def cancelled_all(settings: Settings) -> int:
+    """The number of the last cancel of all workers of the run that this process has heard of; 0: of none."""
+    return _cancelled.get((settings.job_id, settings.run), 0)
 
 
 def _work(clients: list[_Client]) -> float:
@@ -239,6 +259,7 @@ def _after_fork() -> None:
 
 _clients: dict[int, _Client] = {}
 _lines: dict[tuple[str, str], _Line] = {}
+_cancelled: dict[tuple[str, str], int] = {}
 _busy = threading.Lock()
 _exiting = threading.Event()
 _hooked = False

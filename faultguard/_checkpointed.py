@@ -219,7 +219,9 @@ class checkpointed:  # noqa: N801 - read as `with checkpointed(...)`
             stall_timeout_s=self._stall_timeout_s or (task.handle.guard.timeout_s if task is not None else None),
         )
         local_retry = task.local_retry if task is not None else 0
-        opened = _attempt.open_worker(settings, identity, options, worker_id, max_failures=-1, local_retry=local_retry)
+        opened = _attempt.open_worker(
+            settings, identity, options, worker_id, max_failures=-1, local_retry=local_retry, leaves=task is not None and task.decorated
+        )
         if isinstance(opened, Finished):  # this task has finished the block before it failed: its loops are done
             record = opened.record
             if (record.owner.ray_attempt, record.owner.local_retry) == (identity.attempt, local_retry):
@@ -234,7 +236,7 @@ class checkpointed:  # noqa: N801 - read as `with checkpointed(...)`
         else:
             self._opened = opened
             handle = opened.handle
-        return _session.TaskContext(handle, settings, identity, local_retry, parent=task)
+        return _session.TaskContext(handle, settings, identity, local_retry, task is not None and task.decorated, parent=task)
 
     def _end(self, opened: _attempt.OpenWorker, error: BaseException | None) -> None:
         """End a worker of this block's own: with an outcome, or with a note that it leaves. Its caller decides about retries."""

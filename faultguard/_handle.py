@@ -81,6 +81,7 @@ class Checkpoint:
         self._work_before_s = snapshot.work_s if snapshot else 0.0
         self._started = time.monotonic()
         self._closed = False
+        self._stop: Callable[[], BaseException] | None = None  # makes what the next boundary raises, once it has taken its snapshot
         self._by_hand: Loop | None = None  # a loop that `advance()` counts, while it may go on
         self.guard = StallGuard(schedule, self._standing)
         self._before_block: tuple[Snapshot | None] | None = None  # of a block that a loop was left early in: what was newest then
@@ -303,6 +304,7 @@ class Checkpoint:
         if wait:
             self._schedule.boundary(time.monotonic(), n)
             self._write_now(wait=True)
+            self._raise_stop()
         elif look:
             self._boundary(n)
 
@@ -393,11 +395,14 @@ class Checkpoint:
 
         Raises:
             SupersededError: a later attempt owns the worker.
+            SystemExit: the node is being drained; Ray runs the task again on another one.
+            KeyboardInterrupt: the worker was cancelled.
         """
         self._check_open("check")
         with self.guard.paused():
             if self._journal is not None:
                 self._journal.look()
+            self._raise_stop()
 
     # --- inside ---
 
@@ -438,6 +443,16 @@ class Checkpoint:
             self._schedule.configure(every)
         if keep is not None and self._journal is not None:
             self._journal.keep = keep
+
+    def stop(self, error: Callable[[], BaseException]) -> None:
+        """Let the next boundary take a snapshot and raise `error()`; from any thread. Again, should the loop not have looked."""
+        self._stop = error
+        self._schedule.look_at = NOW
+
+    def _raise_stop(self) -> None:
+        if self._stop is not None and not self._closed:
+            self._schedule.look_at = NOW  # should the body swallow it, the next boundary raises it again
+            raise self._stop()
 
     def finish(self) -> Snapshot:
         """The body is over without an exception: the last state, with every loop closed."""
@@ -492,10 +507,11 @@ class Checkpoint:
         try:
             self._hear()
             take = self._schedule.boundary(time.monotonic(), batches)
-            if take and not self._cursors.holds_back:
+            if (take or self._stop is not None) and not self._cursors.holds_back:
                 snapshot, due = self._snapshot()
                 if self._journal is not None:
                     self._journal.offer(snapshot, due)
+            self._raise_stop()
         finally:
             self.guard.resume()
 

@@ -47,6 +47,10 @@ class Journal:
         self.log = log
         self.held = held
         self.superseded = False
+        self._suspected = False  # somebody says that a later attempt lives: the log is to be asked
+        self._began_with = held.durable
+        self._excuse: Ended | None = None  # what the saves say of the end that is near
+        self._excused = False
         self._schedule = schedule
         self.keep = keep
         self._lock = threading.Lock()  # one write in flight
@@ -57,6 +61,7 @@ class Journal:
         self._tidy_at = math.inf  # when to delete what the saves have made superfluous
         self.beside_s = 0.0  # processor time of the writer thread for this worker since the last save: waking up, deleting
         self._served = False
+        self._over = False
         self._closed = False  # the last record of this attempt is written: whatever is pending must not come after it
         self.fields: Callable[[], dict[str, Any]] = self._fields  # what every event says
 
@@ -90,12 +95,31 @@ class Journal:
             self._call_writer()
         self.raise_if_superseded()
 
+    def suspect(self) -> None:
+        """Somebody says that a later attempt lives. Only the log knows: the writer thread looks, and the next boundary raises."""
+        if not self.superseded:
+            self._suspected = True
+            self._due = NOW
+            self._call_writer()
+
+    def excuse(self, ended: Ended) -> None:
+        """The end is near, and not the fault of this attempt: every save says so from now on, and the newest is written at once.
+
+        One that has saved nothing yet is not excused, or it could be ended so for ever.
+        """
+        if self._excuse is None:
+            self._excuse = ended
+            self._due = NOW
+            self._call_writer()
+
     def write_due(self, now: float) -> float:
         """On the writer thread: write the newest snapshot if it is due, delete what is superfluous. Returns when to come again."""
         if now >= self._due:
             with self._lock:
                 self._due = math.inf
                 try:
+                    if self._suspected:
+                        self._look()
                     self._write_newest()
                 except CheckpointStoreError as error:
                     self._due = now + STORE_RETRY_S
@@ -127,8 +151,14 @@ class Journal:
     def look(self) -> None:
         """Look into the log whether somebody is above; raise `SupersededError` then."""
         with self._lock:
-            self.superseded = self.superseded or self.log.run(rules.superseded(self.held))
+            self._look()
         self.raise_if_superseded()
+
+    def _look(self) -> None:
+        """Under the lock."""
+        if not self.superseded and not self._closed:
+            self._outcome_of(not self.log.run(rules.superseded(self.held)))
+        self._suspected = False
 
     def retry(self, failure: FailureRecord) -> None:
         """Record a failure, the newest snapshot and the claim of the next attempt, at once."""
@@ -169,7 +199,7 @@ class Journal:
 
     def close(self) -> None:
         """Let the writer thread go; after `leave`, `end` or `retry` nothing is pending. What it has not deleted, a later attempt does."""
-        self._due = math.inf
+        self._over, self._due = True, math.inf
         if self._served:
             self._served = False
             _writer.remove(self)
@@ -181,12 +211,16 @@ class Journal:
 
     def _write_newest(self) -> None:
         """Under the lock."""
-        snapshot = self._newest
-        if snapshot is None or snapshot is self.held.durable or self.superseded or self._closed:
+        snapshot = self.newest
+        excuse = self._excuse if snapshot is not self._began_with else None
+        if snapshot is None or self.superseded or self._closed:
+            return
+        if snapshot is self.held.durable and (excuse is None or self._excused):
             return
         started = time.thread_time()
         self._schedule.begins(time.monotonic())
-        self._outcome_of(self.log.run(rules.save(self.held, snapshot, time.time())))
+        self._outcome_of(self.log.run(rules.save(self.held, snapshot, time.time(), ended=excuse)))
+        self._excused = excuse is not None
         now = time.monotonic()
         if not self.superseded:
             self._tidy_at = min(self._tidy_at, now + TIDY_DELAY_S)
@@ -204,12 +238,17 @@ class Journal:
             self._schedule.look_at = NOW
 
     def _call_writer(self) -> None:
+        """From the thread of the loop, and from the beater's."""
+        if self._over:
+            return
         try:
             if self._served:
                 _writer.wake()
             else:
                 self._served = True
                 _writer.add(self)
+                if self._over:  # closed meanwhile
+                    _writer.remove(self)
         except RuntimeError as error:  # no thread can be started now: the next snapshot is another try
             self._due = self._tidy_at = math.inf
             self._trouble(CheckpointStoreError(f"its writer thread could not start: {error}"), time.monotonic())

@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import msgspec
 import ray
 
 from faultguard import _events, _ray
@@ -76,6 +77,8 @@ class RecoveryManagerActor:
         self._prober = Prober(self._settings.heartbeat_timeout)
         if name:
             period_s = min(self._settings.heartbeat_interval, JOB_CHECK_S)
+            for worker_id, number in msgspec.msgpack.decode(_ray.kv_get(self._cancels_key) or msgspec.msgpack.encode([])):
+                self._live.cancel(number, worker_id)
             self._live.check(time.monotonic(), period_s)  # from here on its own absence is nobody's silence
             _Ticker("faultguard-watch", period_s, functools.partial(self._watch, period_s)).start()
         if _ray.kv_get(self._monitoring_key):  # this process replaces one that was monitoring
@@ -213,9 +216,15 @@ class RecoveryManagerActor:
         return {"pid": os.getpid(), "differs": "; ".join(differences)}
 
     @ray.method(concurrency_group="beats")
-    async def beat(self, beats: list[dict[str, Any]]) -> list[str]:
-        """Take the beats of a process; for each "ok", "superseded" or "ended"."""
-        return self._live.beat(beats, time.monotonic(), time.time())
+    async def beat(self, beats: list[dict[str, Any]]) -> tuple[list[str], int]:
+        """Take the beats of a process; for each "ok" or what its worker must know, and the number of the last cancel of all."""
+        return self._live.beat(beats, time.monotonic(), time.time()), self._live.cancelled_all
+
+    @ray.method(concurrency_group="beats")
+    async def cancel(self, number: int, worker_id: str | None) -> None:
+        """Cancel a decorated worker, or with None all, that was submitted before the driver's cancel of that number."""
+        cancels = self._live.cancel(number, worker_id)
+        await self._in_thread(_ray.kv_put, self._cancels_key, msgspec.msgpack.encode(list(cancels.items())))
 
     @ray.method(concurrency_group="beats")
     async def last_beat(self, task: str, worker_id: str) -> dict[str, float | None]:
@@ -274,8 +283,13 @@ class RecoveryManagerActor:
     def _is_heard(self, worker_id: str) -> bool:
         return worker_id not in self._registry.silent()
 
+    @property
+    def _cancels_key(self) -> str:
+        return f"cancels:{self._name}"
+
     def _watch(self, period_s: float) -> None:
         """One look of a shared manager."""
+        self._live.drain(_ray.draining_nodes())
         for beat in self._live.check(time.monotonic(), period_s):
             _say_silent(beat)
         for said, verdict in self._prober.step(self._live.silent(), time.monotonic()):

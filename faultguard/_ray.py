@@ -20,6 +20,8 @@ __all__ = [
     "NAMESPACE",
     "UNREACHABLE",
     "Identity",
+    "death_of",
+    "draining_nodes",
     "function_and_options",
     "get_within",
     "identity",
@@ -57,6 +59,7 @@ class Identity:
     task_name: str
     function_name: str
     in_actor: bool = False
+    ray_worker: str = ""
 
 
 def is_ready() -> bool:
@@ -88,6 +91,7 @@ def identity() -> Identity:
         task_name=(context.get_task_name() if in_task else None) or "driver",
         function_name=(context.get_task_function_name() if in_task else None) or "",
         in_actor=in_task and context.get_actor_id() is not None,
+        ray_worker=context.get_worker_id(),
     )
 
 
@@ -131,6 +135,28 @@ def job_is_over(job_id: str) -> bool:
     """Whether Ray's job table says that the job has ended. A job that the table does not know is not over."""
     jobs = ray._private.state.jobs()  # type: ignore[no-untyped-call]  # noqa: SLF001 - the public State API needs the dashboard
     return any(job["JobID"] == job_id and bool(job["IsDead"]) for job in jobs)
+
+
+def draining_nodes() -> frozenset[str]:
+    """Ids of the nodes that are being drained: soon they are taken away, and Ray starts nothing new there."""
+    return frozenset(ray._private.state.state.get_draining_nodes())  # noqa: SLF001 - no public name
+
+
+def death_of(ray_worker: str) -> str:
+    """What a worker process of Ray's died of: "oom", "cancelled" (by force), "crash" for all else; empty: not known to be dead."""
+    from ray.core.generated import common_pb2, gcs_pb2
+
+    tables: Any = gcs_pb2  # generated, and not typed
+    kinds: Any = common_pb2
+    accessor: Any = ray._private.state.state._connect_and_get_accessor()  # noqa: SLF001 - the public State API needs the dashboard
+    data = accessor.get_worker_info(ray.WorkerID.from_hex(ray_worker))
+    worker: Any = tables.WorkerTableData.FromString(data) if data is not None else None
+    if worker is None or worker.is_alive:
+        return ""
+    if worker.exit_type == kinds.NODE_OUT_OF_MEMORY:
+        return "oom"
+    forced = worker.exit_type == kinds.INTENDED_USER_EXIT and "ray.cancel" in worker.exit_detail
+    return "cancelled" if forced else "crash"
 
 
 def is_remote_function(candidate: object) -> bool:

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from faultguard import _ray, _session, _settings
-from faultguard._core.names import record_number
+from faultguard._core.names import check_worker_id, record_number
 from faultguard._core.records import FailureRecord, Outcome, Record, decode_record
-from faultguard.errors import UsageError
+from faultguard.errors import ManagerUnavailableError, UsageError
 from faultguard.storage import open_store
 
 if TYPE_CHECKING:
@@ -23,9 +23,10 @@ if TYPE_CHECKING:
     from faultguard._settings import Settings
     from faultguard.storage import Store
 
-__all__ = ["Run", "init", "shutdown", "start_run"]
+__all__ = ["Run", "cancel", "init", "shutdown", "start_run"]
 
 KEPT_RUNS = 10
+CANCEL_WAIT_S = 30.0
 _SUMMARY = "runs/"
 _hooked = False
 
@@ -134,6 +135,37 @@ def shutdown(*, _failed: bool = False) -> None:
     if settings is not None:
         end_run(settings, failed=_failed)
         end(settings)
+
+
+def cancel(worker_id: str | None = None) -> None:
+    """Cancel what this driver has submitted so far: final, as `ray.cancel` is, also for what it has no reference to any more.
+
+    A worker that runs is interrupted in its batch (in methods of async actors, and outside of loops and sections, at its next
+    boundary), with its next heartbeat. Its last boundary is saved, its status is "cancelled", `ray.get` raises
+    `TaskCancelledError`, and nothing is charged; submitted again, it resumes. A task that waits to be run is cancelled as it begins;
+    `ray.cancel(ref)` takes it out of the queue. Tasks in plain `@ray.remote` without a block of ours are left alone.
+
+    Args:
+        worker_id: the worker, of whatever task; None: all of this run.
+
+    Raises:
+        UsageError: this is no driver, or it has no run.
+        ManagerUnavailableError: the manager of the run, which passes it on, cannot be reached.
+
+    Example:
+        >>> ref = embed.options(worker_id="w7").remote(keys)  # doctest: +SKIP
+        >>> faultguard.cancel("w7")  # doctest: +SKIP
+    """
+    from faultguard._manager import find_or_make
+
+    if worker_id is not None:
+        check_worker_id(worker_id)
+    settings = _session.count_cancel()
+    _settings.publish(settings)
+    try:
+        _ray.get_within(find_or_make(settings).cancel.remote(settings.cancels, worker_id), CANCEL_WAIT_S)
+    except _ray.UNREACHABLE as error:
+        raise ManagerUnavailableError(f"the manager of run {settings.run!r} could not be told to cancel: {error}") from error
 
 
 def _at_exit() -> None:

@@ -8,6 +8,8 @@ import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from msgspec.structs import replace
+
 from faultguard import _ray, _settings
 from faultguard.errors import UsageError
 
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
 __all__ = [
     "TaskContext",
     "context",
+    "count_cancel",
     "current_settings",
     "driver_settings",
     "driver_settings_or_none",
@@ -36,6 +39,7 @@ class TaskContext:
     settings: Settings | None = None
     identity: _ray.Identity | None = None
     local_retry: int = 0
+    decorated: bool = False  # or inside of one that is: Ray runs it again
     parent: TaskContext | None = None  # of a block: the task or block around it
 
 
@@ -131,6 +135,22 @@ def driver_settings_or_none() -> Settings | None:
 
             shutdown()
             return None
+        return settings
+
+
+def count_cancel() -> Settings:
+    """Count a cancel of this driver: what is submitted from now on comes after it. Gives the settings that say so.
+
+    Raises:
+        UsageError: this is no driver, or it has no run.
+    """
+    with _lock:
+        settings = driver_settings_or_none() if not _ray.is_ready() or _ray.is_driver() else None
+        if settings is None or not _ray.is_ready():
+            msg = "faultguard.cancel() is refused: there is no run of this process; call it in the driver that submitted the tasks"
+            raise UsageError(msg)
+        settings = replace(settings, cancels=settings.cancels + 1)
+        set_driver_settings(settings)
         return settings
 
 

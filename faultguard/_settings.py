@@ -40,6 +40,7 @@ class Settings(msgspec.Struct, frozen=True, omit_defaults=True):
     heartbeat_timeout: float = 60.0
     check_args: bool = True
     progress: bool = True
+    cancels: int = 0  # how often this driver had cancelled when the work was submitted
 
     def encode(self) -> bytes:
         """As JSON."""

@@ -45,9 +45,10 @@ class Sidecar(Generic[Client]):
         self._woken = False
 
     def add(self, client: Client) -> None:
-        """Serve a client from now on."""
+        """Serve a client from now on; again is no harm."""
         with self._condition:
-            self._clients.append(client)
+            if client not in self._clients:
+                self._clients.append(client)
             self._wake()
 
     def remove(self, client: Client) -> None:

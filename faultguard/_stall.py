@@ -17,7 +17,6 @@ import traceback
 from typing import TYPE_CHECKING, Any
 
 from faultguard._core.schedule import NOW
-from faultguard.errors import StalledError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -53,7 +52,7 @@ class StallGuard:
         self._timed = False
         self._over = False
         self._thread: int | None = None
-        self._stalled: StalledError | None = None
+        self._stalled: BaseException | None = None  # what was struck with
         self._pending = False
 
     # --- on the thread of the loop ---
@@ -140,7 +139,7 @@ class StallGuard:
         with self._lock:
             self._raise_stalled()
 
-    def end(self) -> StalledError | None:
+    def end(self) -> BaseException | None:
         """The attempt is over: nothing can be set any more. Returns what was, should the body have swallowed it."""
         with self._lock:
             self._over = True
@@ -193,11 +192,16 @@ class StallGuard:
         section = self._innermost()
         return section.name if section is not None else None
 
-    def strike(self, key: object, error: StalledError, stacks: str) -> bool:
-        """Raise `error` in the thread, if it still stands at `key`. False: it does not, or nothing can be raised there."""
+    def strike(self, key: object, error: BaseException, stacks: str = "") -> bool:
+        """Raise `error` in the thread, if it still stands at `key`. False: it does not, or nothing can be raised there.
+
+        What is no `Exception`, such as a cancel, is raised once, and nothing is raised after it.
+        """
         with self._lock:
             thread = self.thread
-            if self.look()[0] != key or thread is None:
+            if key is None or self.look()[0] != key or thread is None:
+                return False
+            if self._stalled is not None and not isinstance(self._stalled, Exception):
                 return False
             self._schedule.look_at = NOW  # before the last look: a loop that does not see it has not counted its batch yet
             if self.look()[0] != key:
@@ -289,14 +293,13 @@ def _has_event_loop() -> bool:
     return True
 
 
-def _raising(error: StalledError) -> type[StalledError]:
+def _raising(error: BaseException) -> type[BaseException]:
     """A class that gives `error` when it is raised: an exception for another thread is set by its class, without arguments."""
 
-    class StalledThereError(StalledError):
-        def __new__(cls, *_: Any) -> Any:
-            return error
+    def give(*_: Any) -> BaseException:
+        return error
 
-    return StalledThereError
+    return type("RaisedThereError", (type(error),), {"__new__": give})
 
 
 def _set_async(thread: int | None, error: type[BaseException] | None) -> bool:

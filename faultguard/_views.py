@@ -197,7 +197,7 @@ def merge(worker: StoredWorker, beat: Mapping[str, Any] | None) -> WorkerState:
     state, record = worker
     if beat is None:
         return state
-    over = record.kind == "end" or record.ended is not None
+    over = record.kind == "end" or (record.ended is not None and record.ended.cause != "drained")  # which it says before it leaves
     if beat["token"] < record.token or (over and beat["token"] == record.token):
         return replace(state, last_heartbeat=max(record.saved_at, beat["last_heartbeat"]))
     return replace(_beaten(beat), run=state.run, last_checkpoint=state.last_checkpoint)

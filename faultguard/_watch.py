@@ -71,12 +71,15 @@ class LiveView:
         self._started = self._clock.read(now)
         self._newest = -math.inf
         self._workers: dict[tuple[str, str], _Live] = {}
+        self._draining: frozenset[str] = frozenset()
+        self._cancels: dict[str | None, int] = {}
 
     def beat(self, beats: Iterable[Mapping[str, Any]], now: float, wall: float) -> list[str]:
         """Take beats.
 
         Returns:
-            For each "ok", "superseded" (a later attempt beats already) or "ended" (its final beat was here).
+            For each "ok", "superseded" (a later attempt beats already), "ended" (its final beat was here), "cancelled", or "drained"
+            (its node is going to be).
         """
         with self._lock:
             self._newest = now
@@ -90,7 +93,28 @@ class LiveView:
         if known is not None and known.final and said["token"] == known.said["token"]:
             return "ended"  # sent before the final beat, and overtaken by it
         self._workers[key] = _Live(said, self._clock.read(now), wall)
-        return "ok"
+        if self._is_cancelled(said):
+            return "cancelled"
+        return "drained" if said["node_id"] in self._draining else "ok"
+
+    def _is_cancelled(self, said: Mapping[str, Any]) -> bool:
+        return bool(said["cancels"] < max(self._cancels.get(None, 0), self._cancels.get(said["worker_id"], 0)))
+
+    def drain(self, nodes: frozenset[str]) -> None:
+        """These nodes, and no others, are being drained."""
+        with self._lock:
+            self._draining = nodes
+
+    def cancel(self, number: int, worker_id: str | None) -> dict[str | None, int]:
+        """Cancel what was submitted before the driver's cancel of that number: a worker, or with None all. Returns all cancels."""
+        with self._lock:
+            self._cancels[worker_id] = max(number, self._cancels.get(worker_id, 0))
+            return dict(self._cancels)
+
+    @property
+    def cancelled_all(self) -> int:
+        """The number of the last cancel of all workers; 0: there was none."""
+        return self._cancels.get(None, 0)
 
     def check(self, now: float, next_in_s: float) -> list[dict[str, Any]]:
         """Look who is silent now and was not before; the next look is promised in `next_in_s`."""

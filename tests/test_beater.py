@@ -52,6 +52,11 @@ class FakeSource:
         self.worker_id = worker_id
         self.broken = broken
         self.asked = 0
+        self.replies: list[str] = []
+
+    def told(self, reply: str) -> None:
+        """Note the answer."""
+        self.replies.append(reply)
 
     def beat(self) -> dict[str, object]:
         """What it says."""
@@ -59,6 +64,7 @@ class FakeSource:
         if self.broken:
             raise RuntimeError("no beat today")
         return {
+            "cancels": 0,
             "task": "fake",
             "worker_id": self.worker_id,
             "run": self.settings.run,
@@ -95,6 +101,8 @@ class FakeManager:
         self.slow = False
         self.error: Exception = ray.exceptions.ActorUnavailableError("gone", b"0" * 16)
         self.forgotten = 0
+        self.answers: dict[str, str] = {}
+        self.cancelled = 0
 
     @property
     def beat(self) -> FakeManager:
@@ -120,11 +128,11 @@ class FakeManager:
         """Instead of `ray.wait`."""
         return ([], refs) if self.slow else (refs, [])
 
-    def get(self, ref: Any) -> list[str]:
+    def get(self, ref: Any) -> tuple[list[str], int]:
         """Instead of `ray.get`."""
         if not self.alive:
             raise self.error
-        return ["ok"]
+        return [self.answers.get(str(said["worker_id"]), "ok") for said in self.calls[-1]], self.cancelled
 
 
 @pytest.fixture
@@ -189,6 +197,25 @@ def test_workers_of_a_run_beat_in_one_call(fake: FakeManager, beating: Callable[
     wait_until(lambda: len(fake.calls) > 8)
     batches = {tuple(said["worker_id"] for said in call) for call in fake.calls[-4:]}
     assert batches == {("a", "b"), ("c",)}
+
+
+def test_each_worker_hears_its_own_answer(fake: FakeManager, events: list[str], beating: Callable[[FakeSource], FakeSource]) -> None:
+    """Also where one of them could not beat, and where one cannot take what it is told."""
+
+    class Deaf(FakeSource):
+        def told(self, reply: str) -> None:
+            raise RuntimeError("does not listen")
+
+    fake.answers, fake.cancelled = {"b": "superseded", "c": "drained"}, 7
+    here = settings("answers")
+    assert _beater.cancelled_all(here) == 0
+    beating(FakeSource(here, "a", broken=True))
+    beating(Deaf(here, "d"))
+    sources = [beating(FakeSource(here, worker_id)) for worker_id in ("b", "c", "e")]
+    wait_until(lambda: all(source.replies for source in sources))
+    assert [set(source.replies) for source in sources] == [{"superseded"}, {"drained"}, {"ok"}]
+    assert "faultguard.thread_error" in events
+    assert _beater.cancelled_all(here) == 7
 
 
 def test_final_beat_is_sent_once(fake: FakeManager, beating: Callable[[FakeSource], FakeSource]) -> None:

@@ -452,6 +452,60 @@ def test_the_loop_hears_at_its_next_boundary_what_the_thread_has_learned(store: 
 
 
 @pytest.mark.usefixtures("short_park")
+def test_a_suspicion_is_looked_into_beside_the_loop(store: Store) -> None:
+    """A word of the manager supersedes nobody; the log does, also where nothing is due, and after the store was away."""
+    flaky = Flaky(store)
+    worker = Worker(flaky)
+    attempt = worker.attempt(every=10**6)
+    batches = attempt.ckpt.batches(range(10**6))
+    next(batches)
+    attempt.journal.suspect()
+    wait_until(lambda: not attempt.journal._suspected)
+    next(batches)
+    worker.attempt()
+    flaky.errors = 1
+    attempt.journal.suspect()
+    wait_until(lambda: attempt.journal.superseded)
+    with pytest.raises(SupersededError):
+        next(batches)
+    attempt.die()
+    attempt.journal.suspect()
+    attempt.journal.excuse(Ended("drained", charged=False))
+    wait_until(lambda: not is_running())
+
+
+def test_an_attempt_on_a_drained_node_is_excused_once_it_has_saved(store: Store) -> None:
+    """Not before, or it could be started for ever; then with every save, so that its death at any moment costs nothing."""
+    worker = Worker(store)
+    attempt = worker.attempt()
+    attempt.journal.excuse(Ended("drained", charged=False))
+    assert [record.kind for record in worker.records()] == ["claim"]
+    advance(attempt, 2)
+    saves = worker.records()[1:]
+    assert [record.ended for record in saves] == [Ended("drained", charged=False)] * len(saves)
+    attempt.die()
+    second = worker.attempt()
+    assert second.journal.held.charged == 0
+    second.journal.excuse(Ended("drained", charged=False))
+    second.die()
+    assert worker.attempt().journal.held.charged == 1
+
+
+def test_what_is_durable_is_excused_by_one_more_record(store: Store) -> None:
+    """The save was there before the news: it is repeated with the note, once."""
+    worker = Worker(store)
+    attempt = worker.attempt()
+    advance(attempt)
+    before = len(worker.numbers())
+    for _ in range(3):
+        attempt.journal.excuse(Ended("drained", charged=False))
+    assert len(worker.numbers()) == before + 1
+    assert worker.records()[-1].ended == Ended("drained", charged=False)
+    attempt.die()
+    assert worker.attempt().journal.held.charged == 0
+
+
+@pytest.mark.usefixtures("short_park")
 def test_an_error_of_one_journal_is_told_and_stops_no_other(
     store: Store, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -111,6 +111,7 @@ def beat(worker_id: str = "w0", *, token: int = 1, **said: Any) -> dict[str, Any
         "started_at": 0.0,
         "last_checkpoint": None,
         "failure_count": 0,
+        "cancels": 0,
         **said,
     }
 
@@ -180,6 +181,36 @@ def test_beats_of_a_replaced_attempt_are_dropped() -> None:
     live = view.workers(2.0)[0]
     assert (live["current_batch"], live["last_heartbeat"]) == (7, 1.0)
     assert view.beat([beat(token=6)], 3.0, 3.0) == ["ok"]
+
+
+def test_a_cancel_is_for_what_was_submitted_before_it() -> None:
+    """Of one worker, or of all; each cancel of the driver has a number, and beats say how many there had been."""
+    view = LiveView(10.0, 0.0)
+    both = [beat("a"), beat("b")]
+    assert view.beat(both, 1.0, 1.0) == ["ok", "ok"]
+    assert view.cancel(1, "a") == {"a": 1}
+    assert view.beat(both, 2.0, 2.0) == ["cancelled", "ok"]
+    assert view.beat([beat("a", token=2, cancels=1)], 3.0, 3.0) == ["ok"]
+    assert view.cancelled_all == 0
+    assert view.cancel(2, None) == {"a": 1, None: 2}
+    assert view.cancel(1, None)[None] == 2, "a restarted manager is told the numbers in any order"
+    assert view.beat([beat("a", token=2, cancels=1), beat("b")], 4.0, 4.0) == ["cancelled", "cancelled"]
+    assert view.beat([beat("b", token=2, cancels=2)], 4.0, 4.0) == ["ok"]
+    assert view.cancelled_all == 2
+
+
+def test_workers_of_a_drained_node_are_told() -> None:
+    """Unless something weighs more."""
+    view = LiveView(10.0, 0.0)
+    view.drain(frozenset({"n1"}))
+    here, there = beat("a", node_id="n1"), beat("b", node_id="n2")
+    assert view.beat([here, there], 1.0, 1.0) == ["drained", "ok"]
+    view.cancel(1, "a")
+    assert view.beat([here, there], 1.0, 1.0) == ["cancelled", "ok"]
+    view.beat([beat("a", token=9, node_id="n2")], 1.0, 1.0)
+    assert view.beat([here], 1.0, 1.0) == ["superseded"]
+    view.drain(frozenset())
+    assert view.beat([beat("c", node_id="n1")], 1.0, 1.0) == ["ok"]
 
 
 def test_last_beat_counts_listening_time_only() -> None:

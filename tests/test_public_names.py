@@ -31,6 +31,7 @@ PUBLIC_NAMES = [
     "UsageError",
     "WorkerState",
     "batches",
+    "cancel",
     "checkpointed",
     "current",
     "get",

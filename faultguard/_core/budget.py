@@ -8,7 +8,7 @@ from faultguard._core.records import MAX_FAILURE_RECORDS, FailureRecord, Record
 
 __all__ = ["add_failure", "cost_of_crash", "exhausted", "is_charged", "next_budget"]
 
-EXCUSED_CAUSES = frozenset({"cancelled", "terminated", "left", "finished elsewhere"})
+EXCUSED_CAUSES = frozenset({"cancelled", "drained", "terminated", "left", "finished elsewhere"})
 
 
 def is_charged(cause: str, *, progressed: bool) -> bool:

@@ -112,6 +112,7 @@ class Claimant:
     named_run: bool = False
     always: bool = False  # the manager's public methods: whoever registers, supersedes
     gone: int = 0
+    crashed: tuple[str, str] = ("", "")  # a writer, and what its process died of as far as Ray knows
 
 
 @dataclass(slots=True)
@@ -342,7 +343,7 @@ def claim_record(me: Claimant, loaded: Loaded, number: int, now: float) -> Recor
     crashed = 0 if own else cost_of_crash(head)
     if crashed:
         charged += crashed
-        failures = add_failure(failures, _crash(head, loaded.snapshot, now))
+        failures = add_failure(failures, _crash(head, loaded.snapshot, now, me.crashed))
     resumed_s = loaded.snapshot.work_s if loaded.snapshot is not None else 0.0
     record = replace_record(
         base,
@@ -367,11 +368,11 @@ def claim_record(me: Claimant, loaded: Loaded, number: int, now: float) -> Recor
     )
 
 
-def _crash(head: Record, snapshot: Snapshot | None, now: float) -> FailureRecord:
+def _crash(head: Record, snapshot: Snapshot | None, now: float, crashed: tuple[str, str]) -> FailureRecord:
     """The failure of an attempt that left no word: known by its last record."""
     owner = head.owner
     return FailureRecord(
-        cause="crash",
+        cause=crashed[1] if crashed[0] == owner.writer else "crash",
         attempt=head.attempt,
         batch=snapshot.batch if snapshot else 0,
         node_id=owner.node_id,

@@ -78,6 +78,7 @@ class Owner(msgspec.Struct, frozen=True, omit_defaults=True):
     boot_id: str = ""
     pid: int = 0
     start_time: int = 0
+    ray_worker: str = ""
 
 
 class Ended(msgspec.Struct, frozen=True):

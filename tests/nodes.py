@@ -1,0 +1,82 @@
+"""A cluster of several nodes on this host, and what can happen to them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import time
+from typing import TYPE_CHECKING, Any
+
+import ray
+from ray.cluster_utils import Cluster
+
+from tests.conftest import temporary_dir
+from tests.tasks import wait_until
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+WORK = "work"  # a resource of the nodes that run the tasks of a test; the head has none
+SECONDS = 1000
+
+
+class Nodes:
+    """A head, which runs no tasks, and worker nodes that come and go."""
+
+    def __init__(self, cluster: Any, directory: str) -> None:
+        self.directory = directory
+        self._cluster = cluster
+
+    def add(self, cpus: int = 2) -> Any:
+        """Start a worker node, and wait until Ray knows it."""
+        node = self._cluster.add_node(num_cpus=cpus, resources={WORK: cpus})
+        wait_until(lambda: node.node_id in alive())
+        return node
+
+    def remove(self, node: Any) -> None:
+        """Kill a node with everything on it."""
+        self._cluster.remove_node(node, allow_graceful=False)
+
+    def drain(self, node: Any, deadline_s: float) -> None:
+        """Tell Ray that the node is going to be preempted."""
+        from ray.core.generated import autoscaler_pb2
+
+        worker: Any = ray._private.worker.global_worker
+        reasons: Any = autoscaler_pb2
+        gcs, preempted = worker.gcs_client, reasons.DrainNodeReason.DRAIN_NODE_REASON_PREEMPTION
+        accepted, why = gcs.drain_node(node.node_id, preempted, "of a test", int((time.time() + deadline_s) * SECONDS))
+        assert accepted, why
+
+    @contextlib.contextmanager
+    def frozen(self, node: Any, *pids: int) -> Iterator[None]:
+        """Stop the raylet of a node, and worker processes on it; let them go on afterwards."""
+        raylet = node.all_processes["raylet"][0].process.pid
+        for pid in (raylet, *pids):
+            os.kill(pid, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            for pid in (*pids, raylet):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGCONT)
+
+
+def alive() -> set[str]:
+    """The ids of the nodes that Ray takes for alive."""
+    ask: Any = ray.nodes
+    return {node["NodeID"] for node in ask() if node["Alive"]}
+
+
+@contextlib.contextmanager
+def some_nodes(**system_config: Any) -> Iterator[Nodes]:
+    """A head alone, to which nodes can be added; the driver is connected to it."""
+    with temporary_dir() as directory:
+        head = {"num_cpus": 0, "include_dashboard": False, "temp_dir": directory, "_system_config": system_config}
+        cluster: Any = Cluster(initialize_head=True, head_node_args=head)
+        try:
+            ray.init(address=cluster.address, log_to_driver=False)
+            yield Nodes(cluster, directory)
+        finally:
+            ray.shutdown()
+            cluster.shutdown()

@@ -1,0 +1,155 @@
+"""Ends that are nobody's failure: a cancel, a node that is drained; and an end by Ray's memory monitor, which is one."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import ray
+
+import faultguard
+from tests.conftest import temporary_dir
+from tests.tasks import NOWAIT, Trace, expected, manager_pid, records, result, wait_until
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from tests.conftest import StartRun
+
+pytestmark = pytest.mark.ray
+WAIT_S = 90
+INTERVAL_S = 0.2
+STUCK = 3
+HOARD_BYTES, CHUNK_BYTES = 3 << 30, 1 << 24
+
+
+@faultguard.recoverable(every=1, backoff=NOWAIT)
+@ray.remote(num_cpus=0.5)
+def sticks(worker_id: str, trace: Trace) -> Any:
+    """Stays in batch 3 until the test says that it may go on."""
+    ckpt = faultguard.current()
+    for batch in ckpt.batches(range(6)):
+        trace.note("batch", worker_id, attempt=ckpt.attempt, batch=batch)
+        while batch == STUCK and not trace.notes("go"):
+            time.sleep(0.01)
+        ckpt.state["sum"] = ckpt.state.get("sum", 0) + batch
+        ckpt.state.setdefault("seen", []).append(batch)
+    return result(ckpt)
+
+
+def is_stuck(trace: Trace, *workers: str) -> bool:
+    """Whether they have all come to the batch at which they wait."""
+    return {note["worker"] for note in trace.notes("batch") if note["batch"] == STUCK} >= set(workers)
+
+
+def newest(run: faultguard.Run, worker: str, task: str = "sticks") -> Any:
+    """The last record of a worker."""
+    return records(run, task, worker)[-1]
+
+
+def assert_cancelled(run: faultguard.Run, worker: str) -> None:
+    """It is, for good, at its last boundary, at no cost."""
+    state = next(state for state in faultguard.workers() if state.worker_id == worker)
+    assert (state.status, state.current_batch, state.failure_count) == ("cancelled", STUCK, 0)
+    note = newest(run, worker).ended
+    assert (note.cause, note.charged) == ("cancelled", False)
+
+
+def test_cancel_of_one_worker(start_run: StartRun, trace: Trace) -> None:
+    """Interrupted in its batch; the other one goes on; submitted again it resumes, and is not cancelled again."""
+    run = start_run(heartbeat_interval=INTERVAL_S)
+    refs = {worker: sticks.remote(worker, trace) for worker in ("one", "two")}
+    wait_until(lambda: is_stuck(trace, "one", "two"))
+    faultguard.cancel("one")
+    with pytest.raises(ray.exceptions.TaskCancelledError):
+        ray.get(refs["one"], timeout=WAIT_S)
+    assert_cancelled(run, "one")
+    trace.note("go", "test", batch=0)
+    assert ray.get(refs["two"], timeout=WAIT_S) == expected(6)
+    assert ray.get(sticks.remote("one", trace), timeout=WAIT_S) == expected(6)
+    assert [note["batch"] for note in trace.notes("batch", "one")] == [0, 1, 2, 3, 3, 4, 5]
+
+
+def test_cancel_of_all_takes_those_that_wait(start_run: StartRun, trace: Trace) -> None:
+    """Those that run are interrupted; those in the queue end as they begin; the manager may die in between."""
+    run = start_run(heartbeat_interval=INTERVAL_S)
+    refs = [sticks.remote(f"w{index}", trace) for index in range(12)]
+    wait_until(lambda: is_stuck(trace, "w0", "w1"))
+    with pytest.raises(ray.exceptions.GetTimeoutError):
+        ray.get(refs[0], timeout=1)  # it has beaten: there is a manager
+    faultguard.cancel()
+    os.kill(manager_pid(), signal.SIGKILL)
+    for ref in refs:
+        with pytest.raises(ray.exceptions.TaskCancelledError):
+            ray.get(ref, timeout=WAIT_S)
+    assert_cancelled(run, "w0")
+    trace.note("go", "test", batch=0)
+    assert ray.get(sticks.remote("w11", trace), timeout=WAIT_S) == expected(6)
+
+
+@ray.remote(num_cpus=0.5, max_retries=3)
+def plain(worker_id: str, trace: Trace) -> None:
+    """A block in a task that is not decorated."""
+    with faultguard.checkpointed(worker_id, every=1) as ckpt:
+        for batch in ckpt.batches(range(1000)):
+            trace.note("batch", worker_id, attempt=ckpt.attempt, batch=batch)
+            time.sleep(0.05)
+
+
+def test_cancel_of_a_block(start_run: StartRun, trace: Trace) -> None:
+    """In a task that is not decorated it is as final."""
+    run = start_run(heartbeat_interval=INTERVAL_S)
+    ref = plain.remote("block", trace)
+    wait_until(lambda: trace.notes("batch"))
+    faultguard.cancel("block")
+    with pytest.raises(ray.exceptions.TaskCancelledError):
+        ray.get(ref, timeout=WAIT_S)
+    assert newest(run, "block", "plain").ended.cause == "cancelled"
+    assert {note["attempt"] for note in trace.notes("batch")} == {1}
+
+
+def test_cancel_needs_a_run(ray_cluster: str) -> None:
+    """Without one there is nothing that could be meant."""
+    with pytest.raises(faultguard.UsageError, match="there is no run"):
+        faultguard.cancel()
+    with pytest.raises(faultguard.UsageError, match="worker_id"):
+        faultguard.cancel(3)  # type: ignore[arg-type]
+
+
+@faultguard.recoverable(every=1, backoff=NOWAIT, max_failures=2)
+@ray.remote(num_cpus=0.5)
+def hoards(worker_id: str, trace: Trace) -> Any:
+    """Takes more memory than there is, in batch 3 of its first attempt."""
+    ckpt = faultguard.current()
+    hoard: list[bytes] = []
+    for batch in ckpt.batches(range(6)):
+        trace.note("batch", worker_id, attempt=ckpt.attempt, batch=batch)
+        ckpt.state["sum"] = ckpt.state.get("sum", 0) + batch
+        ckpt.state.setdefault("seen", []).append(batch)
+        ckpt.advance(wait=True)
+        while batch == STUCK and ckpt.attempt == 1:
+            if len(hoard) < HOARD_BYTES // CHUNK_BYTES:
+                hoard.append(b"x" * CHUNK_BYTES)
+            time.sleep(0.001)
+    return result(ckpt)
+
+
+def test_an_end_by_the_memory_monitor_is_named(trace: Trace, tmp_path: Path) -> None:
+    """The history says what the process died of; it is charged as any death."""
+    ray.shutdown()  # of the tests before: this one takes a cluster of its own
+    memory: Any = ray._private.utils
+    used, total = memory.get_used_memory(), memory.get_system_memory()
+    threshold = (used + HOARD_BYTES // 2) / total
+    config = {"memory_usage_threshold": threshold, "memory_monitor_refresh_ms": 100}
+    with (
+        temporary_dir() as directory,
+        ray.init(address="local", _temp_dir=directory, num_cpus=1, include_dashboard=False, log_to_driver=False, _system_config=config),
+        faultguard.init(checkpoint_dir=tmp_path / "checkpoints") as run,
+    ):
+        assert ray.get(hoards.remote("w", trace), timeout=WAIT_S) == expected(6)
+        end = newest(run, "w", "hoards")
+        assert [(failure.cause, failure.batch) for failure in end.failures] == [("oom", 4)]
+        assert end.charged == 1
