@@ -4,6 +4,7 @@ Decorate a Ray task with `recoverable`, wrap its loop in `batches`. `docs/` expl
 """
 
 from faultguard._checkpointed import batches, checkpointed, current
+from faultguard._failover import recommended_ray_env
 from faultguard._get import get
 from faultguard._handle import Checkpoint
 from faultguard._manager import RecoveryManager
@@ -56,6 +57,7 @@ __all__ = [
     "get",
     "init",
     "manager",
+    "recommended_ray_env",
     "recoverable",
     "shutdown",
     "workers",

@@ -27,6 +27,8 @@ class Nodes:
     def __init__(self, cluster: Any, directory: str) -> None:
         self.directory = directory
         self._cluster = cluster
+        self.address: str = cluster.address
+        self.head_id: str = cluster.head_node.node_id
 
     def add(self, cpus: int = 2) -> Any:
         """Start a worker node, and wait until Ray knows it."""

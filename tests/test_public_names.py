@@ -37,6 +37,7 @@ PUBLIC_NAMES = [
     "get",
     "init",
     "manager",
+    "recommended_ray_env",
     "recoverable",
     "shutdown",
     "workers",
