@@ -398,7 +398,7 @@ def _claim(log: StoredLog, me: rules.Claimant, settings: Settings) -> rules.Gran
             watched = (head.number, now)
         silent = dead is None and now - watched[1] >= settings.heartbeat_timeout and _is_silent(settings, me)
         if dead or silent:
-            me = replace(me, gone=head.token)
+            me = replace(me, gone=head.token, crashed=_death_of_holder(log))
         elif now >= deadline + HOLDER_POLL_S:
             raise _duplicate(me, head, settings)
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -26,6 +27,7 @@ __all__ = ["Status", "StoredWorker", "WorkerState", "manager", "merge", "state_o
 
 READERS = 16
 LIVE_WAIT_S = 3.0
+BEATS_MISSED = 2
 
 Status = Literal["active", "failed", "recovered", "completed", "cancelled"]
 
@@ -91,7 +93,18 @@ def workers() -> list[WorkerState]:
     stored = stored_workers(checked_store(settings), settings.run_prefix, run=settings.run)
     states = [merge(worker, beats.pop((worker.state.task, worker.state.worker_id), None)) for worker in stored]
     states += [_beaten(beat) for beat in beats.values()]  # claimed since the logs were listed
+    records = {(worker.state.task, worker.state.worker_id): worker.record for worker in stored}
+    heard = time.time() - BEATS_MISSED * settings.heartbeat_interval
+    states = [_unless_cancelled(state, records.get((state.task, state.worker_id)), heard) for state in states]
     return sorted(states, key=lambda state: (state.task, state.worker_id))
+
+
+def _unless_cancelled(state: WorkerState, record: Record | None, heard: float) -> WorkerState:
+    """A worker of which nothing is heard: cancelled by force it could not say so, but Ray can."""
+    if record is None or state.status not in {"active", "recovered"} or (state.last_heartbeat or 0.0) > heard or not _ray.is_ready():
+        return state
+    over = record.owner.ray_worker and _ray.death_of(record.owner.ray_worker) == "cancelled"
+    return replace(state, status="cancelled") if over else state
 
 
 def manager() -> ActorHandle[Any]:

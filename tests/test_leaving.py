@@ -50,6 +50,11 @@ def newest(run: faultguard.Run, worker: str, task: str = "sticks") -> Any:
     return records(run, task, worker)[-1]
 
 
+def status(worker: str) -> str:
+    """How it is shown."""
+    return next(state.status for state in faultguard.workers() if state.worker_id == worker)
+
+
 def assert_cancelled(run: faultguard.Run, worker: str) -> None:
     """It is, for good, at its last boundary, at no cost."""
     state = next(state for state in faultguard.workers() if state.worker_id == worker)
@@ -88,6 +93,23 @@ def test_cancel_of_all_takes_those_that_wait(start_run: StartRun, trace: Trace) 
     assert_cancelled(run, "w0")
     trace.note("go", "test", batch=0)
     assert ray.get(sticks.remote("w11", trace), timeout=WAIT_S) == expected(6)
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_cancel_by_ray(start_run: StartRun, trace: Trace, force: bool) -> None:
+    """It is shown as what it is, also where the process was given no time to say so; submitted again, it resumes, at no cost."""
+    run = start_run(heartbeat_interval=INTERVAL_S)
+    ref = sticks.remote("w", trace)
+    wait_until(lambda: is_stuck(trace, "w"))
+    wait_until(lambda: newest(run, "w").snapshot is not None and newest(run, "w").snapshot.batch == STUCK)
+    ray.cancel(ref, force=force)
+    with pytest.raises((ray.exceptions.TaskCancelledError, ray.exceptions.WorkerCrashedError)):
+        ray.get(ref, timeout=WAIT_S)
+    wait_until(lambda: status("w") == "cancelled")
+    trace.note("go", "test", batch=0)
+    assert ray.get(sticks.remote("w", trace), timeout=WAIT_S) == expected(6)
+    assert [note["batch"] for note in trace.notes("batch", "w")] == [0, 1, 2, 3, 3, 4, 5]
+    assert (newest(run, "w").charged, newest(run, "w").failures) == (0, ())
 
 
 @ray.remote(num_cpus=0.5, max_retries=3)

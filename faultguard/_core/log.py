@@ -340,7 +340,8 @@ def claim_record(me: Claimant, loaded: Loaded, number: int, now: float) -> Recor
         return replace_record(base, life=head.life + 1, predecessor="completed")
     charged, failures = next_budget(head)
     own = head.owner.writer == me.owner.writer  # nothing has run under it
-    crashed = 0 if own else cost_of_crash(head)
+    cancelled = me.crashed == (head.owner.writer, "cancelled")  # by force: it was given no time for a note
+    crashed = 0 if own or cancelled else cost_of_crash(head)
     if crashed:
         charged += crashed
         failures = add_failure(failures, _crash(head, loaded.snapshot, now, me.crashed))
@@ -351,7 +352,7 @@ def claim_record(me: Claimant, loaded: Loaded, number: int, now: float) -> Recor
         attempt=1 if head.kind == "end" else head.attempt + (not own),
         charged=charged,
         failures=failures,
-        predecessor="crash" if crashed else (head.ended.cause if head.ended else "failed"),
+        predecessor="crash" if crashed else "cancelled" if cancelled else (head.ended.cause if head.ended else "failed"),
         points_to=loaded.holder,
         saved_s=head.saved_s + resumed_s,
     )
