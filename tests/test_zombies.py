@@ -6,9 +6,11 @@ SIGSTOP, from outside or at an exact step of a write, and go on when the test sa
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -42,6 +44,7 @@ WAIT_S = 60.0
 POLL_S = 0.001
 TASK_ID = "0123456789abcdef"
 KEEP = 2
+SINK = "sink.sqlite"
 W = "w0"
 SAVES = ["wait", "advance", "loop"]  # the first on the thread of the loop, the others on the writer's
 LAST_WORDS = ["end", "leave", "retry", "check"]
@@ -75,6 +78,21 @@ def durable_batch(attempt: Attempt) -> int:
     """How many batches it believes to be durable."""
     durable = attempt.journal.held.durable
     return durable.batch if durable is not None else 0
+
+
+def insert_naively(sink: sqlite3.Connection, _: Any, rows: int) -> None:
+    """What the recipe is there to replace."""
+    with sink:
+        sink.execute("INSERT INTO batches VALUES (?, ?)", (uuid.uuid4().hex, rows))
+
+
+def commit_recipe() -> dict[str, Any]:
+    """What docs/external-commits.md defines."""
+    text = (REPOSITORY / "docs" / "external-commits.md").read_text("utf-8")
+    recipe: dict[str, Any] = {}
+    exec(text.split("```python\n")[1].split("```")[0], recipe)  # noqa: S102 - what the reader copies is what is tested
+    recipe["naive"] = insert_naively
+    return recipe
 
 
 class UnclearStore:
@@ -172,6 +190,18 @@ class Incarnation:
             attempt.fail()
         else:
             attempt.ckpt.check()
+        return None
+
+    def commit(self, worker_id: str, how: str, freeze: bool) -> object:
+        """Commit what the batch in hand has found to the sink, as the recipe says, right after a check."""
+        attempt, _ = self._attempts[worker_id]
+        recipe = commit_recipe()
+        attempt.ckpt.check()
+        if freeze:
+            stop_here()
+        with contextlib.closing(sqlite3.connect(Path(self._root).with_name(SINK), timeout=WAIT_S)) as sink:
+            sink.executescript(recipe["SCHEMA"])
+            recipe[how](sink, attempt.ckpt, attempt.ckpt.current_batch + 1)
         return None
 
     def unclear(self, happened: str) -> object:
@@ -505,6 +535,34 @@ def test_four_incarnations_never_go_back(root: Path, start: Start) -> None:
     assert_superseded(first, "check")
     assert_superseded(second, "check")
     assert resumed(root, 4) == [0, 2, 3]
+
+
+@pytest.mark.parametrize("how", ["add_once", "overwrite_fenced", "naive"])
+def test_an_external_commit_that_a_zombie_cannot_repeat(how: str, root: Path, start: Start) -> None:
+    """Frozen between its check and its commit, each of three old attempts commits under the next one; a naive sink counts that."""
+    zombies = []
+    for ray_attempt in range(3):
+        zombies.append(zombie := start(ray_attempt))
+        zombie.ask("claim", W)
+        zombie.send("commit", W, how, True)
+        zombie.wait_until_frozen()
+    last = start(3)
+    assert last.ask("claim", W) == []
+    assert last.ask("commit", W, how, False) is None
+    answers = []
+    for zombie in zombies:
+        zombie.thaw()
+        answers.append(zombie.receive())
+    last.save()
+    with contextlib.closing(sqlite3.connect(root.with_name(SINK))) as sink:
+        added = sorted(rows for (rows,) in sink.execute("SELECT rows FROM batches"))
+        newest = list(sink.execute("SELECT rows FROM progress"))
+    if how == "add_once":
+        assert (answers, added) == ([None] * 3, [1])
+    elif how == "overwrite_fenced":
+        assert (answers, newest) == ([SUPERSEDED] * 3, [(1,)])
+    else:
+        assert added == [1, 1, 1, 1]
 
 
 @pytest.mark.parametrize("way", ["wait", "advance"])
