@@ -39,6 +39,7 @@ from faultguard.errors import (
     CheckpointNotSerializableError,
     DuplicateWorkerError,
     ManagerUnavailableError,
+    RunMismatchError,
     StalledError,
     SupersededError,
     max_failures_exceeded,
@@ -48,7 +49,7 @@ from faultguard.policy import Backoff, Matcher, verdict
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-__all__ = ["OpenWorker", "TaskOptions", "Work", "cause_of_leaving", "open_worker", "run_task"]
+__all__ = ["OpenWorker", "TaskOptions", "Work", "cause_of_leaving", "check_arguments", "open_worker", "run_task"]
 
 MAX_RESULT_BYTES = 1 << 20
 MAX_MESSAGE = 1000
@@ -82,10 +83,15 @@ class TaskOptions:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What a task is to do: `call` runs the function on fresh arguments; not `repeatable` where those cannot be had twice."""
+    """What a task is to do: `call` runs the function on fresh arguments; not `repeatable` where those cannot be had twice.
+
+    `arguments` are digests of the plain ones, for the record; `afresh` begins the worker anew.
+    """
 
     call: Callable[[], Any]
     repeatable: bool
+    arguments: dict[str, str] = field(default_factory=dict)
+    afresh: bool = False
 
 
 class OpenWorker:
@@ -288,8 +294,11 @@ def open_worker(
     max_failures: int,
     local_retry: int = 0,
     leaves: bool = False,
+    afresh: bool = False,
 ) -> OpenWorker | rules.Finished:
     """Claim a worker and restore what it saved. `leaves`: Ray runs its task again when it leaves a node that is drained.
+
+    `afresh`: what other tasks have done under this id does not count.
 
     Raises:
         SupersededError: a later attempt of the same work has begun already.
@@ -302,13 +311,16 @@ def open_worker(
         task_id=identity.task_id,
         ray_attempt=identity.attempt,
         local_retry=local_retry,
+        epoch=settings.epoch,
         node_id=identity.node_id,
         boot_id=process.boot_id,
         pid=process.pid,
         start_time=process.start_time,
         ray_worker=identity.ray_worker,
     )
-    me = rules.Claimant(owner=owner, task=options.name, worker_id=worker_id, max_failures=max_failures)
+    me = rules.Claimant(
+        owner=owner, task=options.name, worker_id=worker_id, max_failures=max_failures, named_run=settings.named, afresh=afresh
+    )
     try:
         if identity.attempt:
             me = replace(me, crashed=_death_of_holder(log))
@@ -372,6 +384,8 @@ def _handle(settings: Settings, options: TaskOptions, journal: Journal, schedule
         token=held.token,
         failures=held.failures,
         state=options.state,
+        instance=settings.instance,
+        epoch=settings.epoch,
     )
     handle.guard.limit(options.stall_timeout_s)
     return handle
@@ -437,12 +451,43 @@ def run_task(settings: Settings, identity: _ray.Identity, options: TaskOptions, 
     if settings.cancels < _beater.cancelled_all(settings):
         raise Cancelled(f"'{options.name}/{worker_id}' was cancelled by {CALLS} before it began")
     try:
-        opened = open_worker(settings, identity, options, worker_id, max_failures=max_failures, leaves=True)
+        opened = open_worker(settings, identity, options, worker_id, max_failures=max_failures, leaves=True, afresh=work.afresh)
         if isinstance(opened, rules.Finished):
+            if opened.record.owner.task_id != identity.task_id:
+                _check_recorded(opened.record, settings, work)
             return _recorded(opened, settings, options, work, max_failures)
         return _Task(opened, settings, identity, options, work=work, max_failures=max_failures).run()
     finally:
         leave_all()
+
+
+def _check_recorded(record: Record, settings: Settings, work: Work) -> None:
+    """The outcome of another task is given: it must be of the same arguments, and whoever asks twice is told."""
+    if record.outcome is not None:
+        check_arguments(record.task, record.worker_id, record.outcome, work.arguments)
+    if record.owner.epoch == settings.epoch:
+        text = (
+            f"'{record.task}/{record.worker_id}' was completed by this driver already: its recorded result is given, and nothing is run. "
+            f"Give new work an id of its own, or start it over with .options(resume='never')."
+        )
+        fields = {"run": settings.run, "task": record.task, "worker_id": record.worker_id, "attempt": record.attempt, "token": record.token}
+        _events.emit(logging.WARNING, "faultguard.completed_already", text, **fields)
+
+
+def check_arguments(task: str, worker_id: str, outcome: Outcome, arguments: Mapping[str, str]) -> None:
+    """Refuse an outcome that was made of other arguments.
+
+    Raises:
+        RunMismatchError: some of them, that can be compared, differ.
+    """
+    differ = sorted(name for name, digest in arguments.items() if outcome.arguments.get(name, digest) != digest)
+    if differ:
+        text = (
+            f"worker {worker_id!r} of task {task!r} is on record with other arguments: {', '.join(differ)} differ, so its result is "
+            f"not the one that is asked for. Give the new work an id of its own, or start it over with .options(resume='never'); "
+            f"init(check_args=False) takes the result as it is"
+        )
+        raise RunMismatchError(text, worker_id=worker_id, arguments=tuple(differ))
 
 
 def _recorded(finished: rules.Finished, settings: Settings, options: TaskOptions, work: Work, max_failures: int) -> Any:
@@ -456,7 +501,12 @@ def _recorded(finished: rules.Finished, settings: Settings, options: TaskOptions
     if outcome.recorded:
         return _codec.decode(bytes(outcome.value))
     handle = Checkpoint.in_memory(
-        task=options.name, worker_id=record.worker_id, run=settings.run, snapshot=record.snapshot, state=options.state
+        task=options.name,
+        worker_id=record.worker_id,
+        run=settings.run,
+        instance=settings.instance,
+        snapshot=record.snapshot,
+        state=options.state,
     )
     with entered(TaskContext(handle, settings)):
         return work.call()
@@ -560,14 +610,14 @@ class _Task:
             why = str(error)
         else:
             if len(data) <= MAX_RESULT_BYTES:
-                return Outcome("completed", recorded=True, value=msgspec.Raw(data))
+                return Outcome("completed", recorded=True, value=msgspec.Raw(data), arguments=self._work.arguments)
             why = f"it takes {len(data)} bytes, the limit is {MAX_RESULT_BYTES}"
         text = (
             f"the return value of task {self._options.name!r} cannot be recorded ({why}). If it is asked for again, the function is "
             f"called again with its loops done. Return plain values, or write the result to a file and return its path."
         )
         _events.emit(logging.WARNING, "faultguard.result_not_recorded", text, **self._open.handle.fields())
-        return Outcome("completed")
+        return Outcome("completed", arguments=self._work.arguments)
 
     # --- failures ---
 

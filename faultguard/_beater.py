@@ -149,7 +149,7 @@ class _Line:
             self._drop(error)
         else:
             self._back()
-            _cancelled[self._settings.job_id, self._settings.run] = cancelled
+            _cancelled[self._settings.key] = cancelled
             for client, reply in zip(self._beaten, replies, strict=True):
                 _tell(client, reply)
         return True
@@ -199,7 +199,7 @@ def _tell(client: _Client, reply: str) -> None:
 
 def cancelled_all(settings: Settings) -> int:
     """The number of the last cancel of all workers of the run that this process has heard of; 0: of none."""
-    return _cancelled.get((settings.job_id, settings.run), 0)
+    return _cancelled.get(settings.key, 0)
 
 
 def _work(clients: list[_Client]) -> float:
@@ -209,10 +209,9 @@ def _work(clients: list[_Client]) -> float:
             return math.inf
         if not _ray.is_ready():
             return time.monotonic() + IDLE_S
-        runs: dict[tuple[str, str], list[_Client]] = {}
+        runs: dict[str, list[_Client]] = {}
         for client in clients:
-            settings = client.source.settings
-            runs.setdefault((settings.job_id, settings.run), []).append(client)
+            runs.setdefault(client.source.settings.key, []).append(client)
         for gone in _lines.keys() - runs.keys():
             del _lines[gone]
         due = math.inf
@@ -258,8 +257,8 @@ def _after_fork() -> None:
 
 
 _clients: dict[int, _Client] = {}
-_lines: dict[tuple[str, str], _Line] = {}
-_cancelled: dict[tuple[str, str], int] = {}
+_lines: dict[str, _Line] = {}
+_cancelled: dict[str, int] = {}
 _busy = threading.Lock()
 _exiting = threading.Event()
 _hooked = False

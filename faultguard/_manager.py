@@ -485,7 +485,7 @@ def manager_name(settings: Settings) -> str:
     >>> manager_name(Settings(run="r", checkpoint_dir="/c", store_id="1", job_id="01000000"))
     'faultguard-v1-01000000-r'
     """
-    return f"faultguard-v{PROTOCOL}-{settings.job_id}-{settings.run}"
+    return f"faultguard-v{PROTOCOL}-{settings.key}"
 
 
 def find_or_make(settings: Settings, wait_s: float = READY_S) -> ActorHandle[RecoveryManagerActor]:

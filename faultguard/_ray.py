@@ -36,6 +36,7 @@ __all__ = [
     "kv_get",
     "kv_put",
     "options_at_submission",
+    "ready_refs",
     "refuse_client_mode",
     "result_or_none",
     "run_on_node",
@@ -232,6 +233,22 @@ def result_or_none(ref: Any) -> Any:
         return ray.get(ref)
     except ray.exceptions.RayError:
         return None
+
+
+def ready_refs(value: Any, returns: Any) -> tuple[Any] | None:
+    """What `.remote()` gives for a value that is known already, in a tuple; None where Ray has to say what is wrong with `num_returns`.
+
+    Args:
+        value: of the task.
+        returns: its `num_returns`.
+    """
+    if returns == 1 or returns is None:
+        return (ray.put(value),)
+    if returns == 0:
+        return (None,)
+    if isinstance(returns, int) and isinstance(value, (tuple, list)) and len(value) == returns:
+        return ([ray.put(item) for item in value],)
+    return None
 
 
 def refuse_client_mode() -> None:

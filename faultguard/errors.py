@@ -113,11 +113,19 @@ class DuplicateWorkerError(FaultguardError):
 
 
 class RunInUseError(FaultguardError):
-    """Another live driver owns the named run."""
+    """Another live driver has the named run: which process, on which host, and since when (seconds since the epoch)."""
+
+    run: str
+    host: str
+    pid: int
+    since: float
 
 
 class RunMismatchError(FaultguardError):
-    """A recorded worker is asked for with other arguments."""
+    """A worker is on record with other arguments; `arguments` names those that differ."""
+
+    worker_id: str
+    arguments: tuple[str, ...]
 
 
 class ManagerUnavailableError(FaultguardError):
