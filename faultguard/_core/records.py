@@ -24,8 +24,10 @@ __all__ = [
     "Mark",
     "Outcome",
     "Owner",
+    "Place",
     "Record",
     "Snapshot",
+    "Spot",
     "decode_record",
     "encode_record",
     "left_last",
@@ -38,6 +40,17 @@ _PREFIX = b'{"faultguard":1,"sha256":"'
 _MIDDLE = b'","record":'
 _DIGEST_LENGTH = 64
 _BODY_START = len(_PREFIX) + _DIGEST_LENGTH + len(_MIDDLE)
+
+
+class Spot(msgspec.Struct, frozen=True, array_like=True):
+    """One loop of a place: its name, how many loops were opened before it in its scope, and its batches done."""
+
+    loop: str
+    before: int
+    done: int
+
+
+Place = tuple[Spot, ...]  # where a worker stands, outer to inner
 
 
 class FailureRecord(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -53,6 +66,8 @@ class FailureRecord(msgspec.Struct, frozen=True, omit_defaults=True):
         time: when it was recorded, seconds since the epoch.
         position: batches done per loop, outer to inner.
         stacks: of a stall, the stack of every thread, at most 8192 characters. Only the newest failure keeps it.
+        place: `position` with the names of the loops.
+        pinned: how many loops of `place`, outer to inner, lead to the batch that is known to have failed; 0: none is.
     """
 
     cause: str
@@ -64,6 +79,13 @@ class FailureRecord(msgspec.Struct, frozen=True, omit_defaults=True):
     time: float = 0.0
     position: tuple[int, ...] = ()
     stacks: str = ""
+    place: Place = ()
+    pinned: int = 0
+
+    @property
+    def culprit(self) -> Place:
+        """The batch that is known to have failed; empty: none is."""
+        return self.place[: self.pinned]
 
 
 class Owner(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -140,6 +162,12 @@ class Snapshot(msgspec.Struct, frozen=True):
         """Batches done in the innermost loop."""
         return self.position[-1] if self.position else 0
 
+    @property
+    def place(self) -> Place:
+        """`position` with the names of the loops."""
+        path = zip(left_last(self.loops), self.loops, strict=False)
+        return tuple(Spot(mark.name, len(scope) - 1, mark.done) for mark, scope in path)
+
 
 class Outcome(msgspec.Struct, frozen=True, omit_defaults=True):
     """How the work ended for good. `value` is the encoded return value; if not `recorded`, it has to be computed again."""
@@ -155,6 +183,7 @@ class Record(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
 
     `charged` and `failures` count the ends of this budget, this record's own `ended` included. `points_to` is, in a claim
     without a snapshot, the number of the record that holds the state to go on from; 0 says that there is none: fresh.
+    `begins` is, in a save that was waited for, the batch that began right after it: if nothing follows, that one killed the process.
     """
 
     kind: Literal["claim", "save", "end"]
@@ -174,6 +203,8 @@ class Record(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
     ended: Ended | None = None
     outcome: Outcome | None = None
     saved_s: float = 0.0  # seconds of work that resuming has saved so far
+    quarantined: tuple[Place, ...] = ()  # batches of this life that are passed over
+    begins: Place = ()
 
 
 _encoder = msgspec.json.Encoder()
