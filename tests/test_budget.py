@@ -105,12 +105,12 @@ def at(*steps: int, loops: str = "abc") -> Place:
 
 def raised(*steps: int) -> FailureRecord:
     """An exception in a batch."""
-    return FailureRecord("exception", 1, steps[-1], position=steps, place=at(*steps), pinned=len(steps))
+    return FailureRecord("exception", 1, steps[-1], position=steps, place=at(*steps), pinned=True)
 
 
 def crashed(*steps: int, pinned: bool = False, cause: str = "crash") -> FailureRecord:
     """A process that died after a record at that place, which may have been made for the batch that began there."""
-    return FailureRecord(cause, 1, 0, place=at(*steps), pinned=len(steps) if pinned else 0)
+    return FailureRecord(cause, 1, 0, place=at(*steps), pinned=pinned)
 
 
 def after(policy: Policy, *failures: FailureRecord, budget: Budget = Budget()) -> Budget:  # noqa: B008 - frozen
@@ -206,16 +206,10 @@ def test_without_three_that_are_pinned_in_a_row_nothing_is(failures: tuple[Failu
 
 def test_a_batch_is_known_by_the_names_of_its_loops() -> None:
     """Batch 3 of one loop is not batch 3 of the next one."""
-    other = FailureRecord("exception", 1, 3, place=(Spot("other", 1, 3),), pinned=1)
+    other = FailureRecord("exception", 1, 3, place=(Spot("other", 1, 3),), pinned=True)
     assert after(SKIP, raised(3), raised(3), other).quarantined == ()
     assert poison_batch((raised(3), raised(3), raised(3))) == 3
     assert poison_batch((raised(3), raised(3), other)) is None
-
-
-def test_a_quarantine_is_a_batch_of_the_loop_that_raised() -> None:
-    """After its inner loop the outer body raises: the batch outside is at fault, wherever the inner loop stood."""
-    failure = FailureRecord("exception", 1, 7, place=at(2, 7), pinned=1)
-    assert after(SKIP, *[failure] * 3).quarantined == (at(2),)
 
 
 def test_quarantine_has_a_limit_and_lasts() -> None:

@@ -94,7 +94,7 @@ def charge(budget: Budget, failure: FailureRecord, policy: Policy) -> Budget:
     explained = _explained(failures)
     if not policy.skip_poison or not explained or len(budget.quarantined) >= MAX_QUARANTINED:
         return Budget(charged, failures, budget.quarantined)
-    return Budget(max(charged - explained, 0), failures, (*budget.quarantined, failure.culprit))
+    return Budget(max(charged - explained, 0), failures, (*budget.quarantined, failure.place))
 
 
 def _explained(failures: tuple[FailureRecord, ...]) -> int:
@@ -102,12 +102,12 @@ def _explained(failures: tuple[FailureRecord, ...]) -> int:
 
     A crash that is pinned to no batch, at or before that one, does not count as one of its failures, and does not interrupt them.
     """
-    culprit = failures[-1].culprit
+    newest = failures[-1]
     pinned = others = 0
-    for failure in reversed(failures):
-        if failure.pinned and batch_of(failure.culprit) == batch_of(culprit):
+    for failure in reversed(failures if newest.pinned else ()):
+        if failure.pinned and batch_of(failure.place) == batch_of(newest.place):
             pinned += 1
-        elif failure.pinned or failure.cause not in CRASHES or is_later(failure.place, culprit):
+        elif failure.pinned or failure.cause not in CRASHES or is_later(failure.place, newest.place):
             break
         else:
             others += 1

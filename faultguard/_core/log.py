@@ -400,7 +400,7 @@ def _crash(head: Record, snapshot: Snapshot | None, now: float, crashed: tuple[s
         time=now,
         position=snapshot.position if snapshot else (),
         place=head.begins or (snapshot.place if snapshot else ()),
-        pinned=len(head.begins),
+        pinned=bool(head.begins),
     )
 
 

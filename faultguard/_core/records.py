@@ -31,6 +31,7 @@ __all__ = [
     "decode_record",
     "encode_record",
     "left_last",
+    "positions",
 ]
 
 FORMAT = 1
@@ -53,6 +54,11 @@ class Spot(msgspec.Struct, frozen=True, array_like=True):
 Place = tuple[Spot, ...]  # where a worker stands, outer to inner
 
 
+def positions(places: Iterable[Place]) -> tuple[tuple[int, ...], ...]:
+    """Places as users see them: without the names of the loops."""
+    return tuple(tuple(spot.done for spot in place) for place in places)
+
+
 class FailureRecord(msgspec.Struct, frozen=True, omit_defaults=True):
     """One charged end of an attempt.
 
@@ -67,7 +73,7 @@ class FailureRecord(msgspec.Struct, frozen=True, omit_defaults=True):
         position: batches done per loop, outer to inner.
         stacks: of a stall, the stack of every thread, at most 8192 characters. Only the newest failure keeps it.
         place: `position` with the names of the loops.
-        pinned: how many loops of `place`, outer to inner, lead to the batch that is known to have failed; 0: none is.
+        pinned: whether it is known that the batch at `place` failed, and nothing around it.
     """
 
     cause: str
@@ -80,12 +86,7 @@ class FailureRecord(msgspec.Struct, frozen=True, omit_defaults=True):
     position: tuple[int, ...] = ()
     stacks: str = ""
     place: Place = ()
-    pinned: int = 0
-
-    @property
-    def culprit(self) -> Place:
-        """The batch that is known to have failed; empty: none is."""
-        return self.place[: self.pinned]
+    pinned: bool = False
 
 
 class Owner(msgspec.Struct, frozen=True, omit_defaults=True):
