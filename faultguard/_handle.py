@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import msgspec
 
 from faultguard import _codec
-from faultguard._core.budget import batch_of
+from faultguard._core.budget import batch_of, must_pin
 from faultguard._core.cursors import Cursors, Loop, input_changed
 from faultguard._core.records import HAND_WRITTEN, FailureRecord, Place, Snapshot, positions
 from faultguard._core.schedule import NOW, Every, Pinning, Schedule
@@ -295,7 +295,8 @@ class Checkpoint:
 
     def _begin_pinning(self, journal: Journal) -> None:
         """After a crash: which batch it was is known if the next one that kills its process was recorded just before it began."""
-        wanted = journal.held.policy.skip_poison and journal.held.predecessor == "crash"
+        held = journal.held
+        wanted = held.policy.skip_poison and must_pin(held.predecessor, held.failures)
         self._pinning = Pinning(self._schedule.lag, time.monotonic()) if wanted else None
 
     def _pin(self, begins: Place) -> None:

@@ -17,6 +17,7 @@ from faultguard._core.budget import (
     exhausted,
     is_charged,
     is_later,
+    must_pin,
     next_budget,
     poison_batch,
 )
@@ -220,6 +221,22 @@ def test_quarantine_has_a_limit_and_lasts() -> None:
     assert (len(budget.quarantined), budget.charged) == (MAX_QUARANTINED, 3)
     for newest in (head("save", quarantined=(at(3),)), head("end", quarantined=(at(3),), outcome=Outcome("failed"))):
         assert next_budget(newest).quarantined == (at(3),)
+
+
+@pytest.mark.parametrize(
+    ("predecessor", "failures", "pins"),
+    [
+        ("crash", (crashed(3),), True),
+        ("exception", (crashed(3), raised(3)), True),
+        ("exception", (crashed(3), raised(3), raised(3)), False),
+        ("exception", (raised(3),), False),
+        ("drained", (crashed(3),), False),
+        ("", (), False),
+    ],
+)
+def test_who_follows_a_crash_pins(predecessor: str, failures: tuple[FailureRecord, ...], pins: bool) -> None:
+    """Also when exceptions came since, for a batch may fail in several ways; not for ever, and not because a node was drained."""
+    assert must_pin(predecessor, failures) is pins
 
 
 def test_nothing_is_given_back_twice() -> None:

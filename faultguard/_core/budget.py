@@ -21,6 +21,7 @@ __all__ = [
     "exhausted",
     "is_charged",
     "is_later",
+    "must_pin",
     "next_budget",
     "poison_batch",
 ]
@@ -112,6 +113,15 @@ def _explained(failures: tuple[FailureRecord, ...]) -> int:
         else:
             others += 1
     return pinned + others if pinned >= POISON_FAILURES else 0
+
+
+def must_pin(predecessor: str, failures: tuple[FailureRecord, ...]) -> bool:
+    """Whether an attempt that follows `predecessor` records each batch before it begins: or nobody knows which one kills its process.
+
+    After a crash, and after what else failed since, as long as both can come of one batch.
+    """
+    recent = failures[-POISON_FAILURES + 1 :]
+    return predecessor not in EXCUSED_CAUSES and any(failure.cause in CRASHES for failure in recent)
 
 
 def is_later(place: Place, other: Place) -> bool:
