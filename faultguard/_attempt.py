@@ -23,8 +23,8 @@ import msgspec
 
 from faultguard import _beater, _codec, _events, _ray, _watcher
 from faultguard._core import log as rules
-from faultguard._core.budget import exhausted, is_charged
-from faultguard._core.records import Ended, FailureRecord, Outcome, Owner, Record, Snapshot
+from faultguard._core.budget import Policy, batch_of, charge, exhausted, is_charged, poison_batch
+from faultguard._core.records import Ended, FailureRecord, Outcome, Owner, Place, Record, Snapshot
 from faultguard._core.schedule import Every, Schedule
 from faultguard._core.silence import Held
 from faultguard._handle import Checkpoint
@@ -37,6 +37,7 @@ from faultguard._stall import StallGuard, first_stack, stacks
 from faultguard._stops import CALLS, Cancelled, Drained, cancelled_here
 from faultguard.errors import (
     CheckpointNotSerializableError,
+    CheckpointStoreError,
     DuplicateWorkerError,
     ManagerUnavailableError,
     RunMismatchError,
@@ -44,7 +45,7 @@ from faultguard.errors import (
     SupersededError,
     max_failures_exceeded,
 )
-from faultguard.policy import Backoff, Matcher, verdict
+from faultguard.policy import Backoff, Matcher, OnPoison, matches, verdict
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -54,7 +55,6 @@ __all__ = ["OpenWorker", "TaskOptions", "Work", "cause_of_leaving", "check_argum
 MAX_RESULT_BYTES = 1 << 20
 MAX_MESSAGE = 1000
 DEFAULT_KEEP = 3
-POISON_FAILURES = 3
 HOLDER_POLL_S = 0.2
 LONG_WAIT_S = 1.0  # shorter waits are not worth a call
 MANAGER_WAIT_S = 10.0
@@ -79,6 +79,9 @@ class TaskOptions:
     give_up_on: Matcher = ()
     backoff: Backoff = field(default_factory=Backoff)
     stall_timeout_s: float | None = None
+    reset_on_progress: bool = False
+    fresh_process_on: Matcher = ()
+    on_poison: OnPoison = "fail"
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +157,7 @@ class OpenWorker:
             "started_at": self._started,
             "last_checkpoint": self.journal.log.path(held.last),
             "failure_count": held.charged,
+            "quarantined": handle.quarantined,
             "cancels": self.settings.cancels,
         }
 
@@ -237,7 +241,8 @@ class OpenWorker:
         text = f"{self._stands_still(age_s)} (stall_timeout={timeout_s:g} s) and does not react"
         if not guard.hold(key):
             return
-        failure = failure_of(self.handle, self._identity, "stall", f"{StalledError.__name__}({text!r})", seen)
+        message = f"{StalledError.__name__}({text!r})"
+        failure = failure_of(self.handle, self._identity, "stall", message, seen, pinned=self.handle.held_up)
         last_words = threading.Thread(target=self._note_stall, args=(failure, text, seen), name="faultguard-stall", daemon=True)
         try:
             last_words.start()
@@ -247,7 +252,7 @@ class OpenWorker:
 
     def _note_stall(self, failure: FailureRecord, text: str, seen: str) -> None:
         try:
-            self.journal.leave(Ended("stall", charged=True), failure)
+            self.give_up(Ended("stall", charged=True), failure)
         finally:  # whatever the store says: the next attempt finds out
             fields = {**self.handle.fields(), "stacks": seen}
             _events.emit(logging.WARNING, "faultguard.stall_exit", f"{text}; its process is ended.\n{first_stack(seen)}", **fields)
@@ -261,14 +266,29 @@ class OpenWorker:
 
     # --- the end ---
 
+    def failure(self, error: BaseException, cause: str = "exception") -> FailureRecord:
+        """What is kept of an exception that came out of the body."""
+        text = _text(error)
+        message = f"{type(error).__name__}({text!r})" if text else type(error).__name__
+        pinned = self.handle.thrown_out and _is_of_the_batch(error)
+        if isinstance(error, StalledError):
+            return failure_of(self.handle, self._identity, "stall", message, self.guard.stacks, pinned=pinned)
+        return failure_of(self.handle, self._identity, cause, message, pinned=pinned)
+
     def leave(self, ended: Ended, failure: FailureRecord | None = None) -> None:
         """Flush the newest snapshot with a note, and give the worker up. What it leaves with goes on, whatever the store says."""
         try:
-            self.journal.leave(ended, failure)
+            self.give_up(ended, failure)
         except Exception as trouble:  # noqa: BLE001 - it must not take the place of a cancel, or of the user's own exception
             text = f"'{self.handle.task}/{self.handle.worker_id}' could not note why it leaves: {trouble}"
             _events.emit(logging.ERROR, "faultguard.leave_failed", text, **self.handle.fields())
         self.close("cancelled" if ended.cause == "cancelled" else "recovered")
+
+    def give_up(self, ended: Ended, failure: FailureRecord | None) -> None:
+        """Flush the newest snapshot with a note; and say what that quarantines."""
+        before = self.journal.held.quarantined
+        self.journal.leave(ended, failure)
+        _say_quarantined(self.handle, self.journal.held, before)
 
     def close(self, status: str) -> None:
         """Give the worker up: no more writes, no more beats."""
@@ -319,7 +339,13 @@ def open_worker(
         ray_worker=identity.ray_worker,
     )
     me = rules.Claimant(
-        owner=owner, task=options.name, worker_id=worker_id, max_failures=max_failures, named_run=settings.named, afresh=afresh
+        owner=owner,
+        task=options.name,
+        worker_id=worker_id,
+        max_failures=max_failures,
+        named_run=settings.named,
+        afresh=afresh,
+        policy=Policy(options.reset_on_progress, options.on_poison == "skip"),
     )
     try:
         if identity.attempt:
@@ -367,6 +393,8 @@ def _open(
         _say_damaged(handle, granted.damaged)
     if granted.held.attempt > 1 and granted.held.failures:
         _say_resumed(handle, granted.held, me.max_failures, beside=True)
+    if granted.head is not None and granted.head.life == granted.held.life:
+        _say_quarantined(handle, granted.held, granted.head.quarantined, beside=True)
     return OpenWorker(settings, identity, journal, handle, leaves=leaves)
 
 
@@ -383,6 +411,7 @@ def _handle(settings: Settings, options: TaskOptions, journal: Journal, schedule
         attempt=held.attempt,
         token=held.token,
         failures=held.failures,
+        quarantined=held.quarantined,
         state=options.state,
         instance=settings.instance,
         epoch=settings.epoch,
@@ -496,7 +525,7 @@ def _recorded(finished: rules.Finished, settings: Settings, options: TaskOptions
     outcome = record.outcome
     if outcome is None or outcome.status == "failed":
         raise max_failures_exceeded(
-            record.worker_id, record.failures, max_failures=max_failures, poison_batch=_poison_batch(record.failures)
+            record.worker_id, record.failures, max_failures=max_failures, poison_batch=poison_batch(record.failures)
         )
     if outcome.recorded:
         return _codec.decode(bytes(outcome.value))
@@ -507,6 +536,7 @@ def _recorded(finished: rules.Finished, settings: Settings, options: TaskOptions
         instance=settings.instance,
         snapshot=record.snapshot,
         state=options.state,
+        quarantined=record.quarantined,
     )
     with entered(TaskContext(handle, settings)):
         return work.call()
@@ -630,7 +660,8 @@ class _Task:
         if not self._retried:
             return False
         self._wait_s = answer.total_seconds() if isinstance(answer, timedelta) else None
-        return not exhausted(self._journal.held.charged + 1, self._max_failures)
+        held = self._journal.held
+        return not exhausted(charge(held.budget, self._open.failure(error), held.policy).charged, self._max_failures)
 
     def _verdict(self, error: Exception) -> bool | timedelta:
         """What the options say about an exception; a predicate that raises says nothing, and must not take its place."""
@@ -638,18 +669,31 @@ class _Task:
         try:
             return verdict(error, retry_on, self._options.give_up_on)
         except Exception as trouble:  # noqa: BLE001 - a user's predicate may raise anything
-            text = f"a predicate of task {self._options.name!r} raised {trouble!r} when asked about {type(error).__name__}; not retried"
-            _events.emit(logging.ERROR, "faultguard.predicate_failed", text, **self._open.handle.fields(), error=repr(trouble))
+            self._say_predicate_failed(error, trouble, "not retried")
             return False
+
+    def _distrusts(self, error: Exception) -> bool:
+        """Whether the process is not to be used any more after an exception; likewise."""
+        try:
+            return bool(matches(error, self._options.fresh_process_on))
+        except Exception as trouble:  # noqa: BLE001 - as above
+            self._say_predicate_failed(error, trouble, "a new process goes on")
+            return True
+
+    def _say_predicate_failed(self, error: Exception, trouble: Exception, then: str) -> None:
+        text = f"a predicate of task {self._options.name!r} raised {trouble!r} when asked about {type(error).__name__}; {then}"
+        _events.emit(logging.ERROR, "faultguard.predicate_failed", text, **self._open.handle.fields(), error=repr(trouble))
 
     def _record_failure(self, state: Any) -> None:
         """Before the wait: the failure, the newest snapshot and the next claim, in one record. Then a new handle."""
         error = state.outcome.exception()
-        failure = self._failure(error)
+        failure = self._open.failure(error)
         traceback.clear_frames(error.__traceback__)  # what the failed attempt held must not meet the next one
+        if self._distrusts(error):
+            self._leave_to_ray(failure, "it is not trusted after that exception (fresh_process_on)")
         if not self._work.repeatable:
-            self._leave_for_new_arguments(failure)
-        before, journal = self._open, self._journal
+            self._leave_to_ray(failure, "the arguments are too large, or hold references, to be kept for a retry in this one")
+        before, journal, quarantined = self._open, self._journal, self._journal.held.quarantined
         before.close("recovered")
         try:
             journal.retry(failure)
@@ -660,12 +704,13 @@ class _Task:
         handle = _handle(self._settings, self._options, reopened, schedule, journal.held.durable)
         self._open = OpenWorker(self._settings, self._identity, reopened, handle, leaves=True)
         _say_resumed(handle, journal.held, self._max_failures, state.next_action.sleep)
+        _say_quarantined(handle, journal.held, quarantined)
 
-    def _leave_for_new_arguments(self, failure: FailureRecord) -> NoReturn:
-        """The arguments cannot be had twice in this process, and may have been changed: let Ray bring them anew."""
-        self._journal.leave(Ended("exception", charged=True), failure)
+    def _leave_to_ray(self, failure: FailureRecord, why: str) -> NoReturn:
+        """No further attempt in this process: let Ray start another one, and bring the arguments as first passed."""
+        self._open.give_up(Ended("exception", charged=True), failure)
         self._open.close("recovered")
-        _say_leaves(self._open.handle, failure)
+        _say_leaves(self._open.handle, failure, why)
         leave_process()
 
     def _give_up(self, error: Exception) -> NoReturn:
@@ -674,7 +719,7 @@ class _Task:
         if isinstance(error, SupersededError):
             self._open.close("recovered")
             raise error
-        failure = self._failure(error)
+        failure = self._open.failure(error)
         try:
             journal.end(Outcome("failed", message=failure.message), journal.newest, failure)
         finally:
@@ -688,21 +733,14 @@ class _Task:
             failures,
             max_failures=self._max_failures,
             last_exception=error,
-            poison_batch=_poison_batch(failures),
+            poison_batch=poison_batch(failures),
         )
-
-    def _failure(self, error: BaseException, cause: str = "exception") -> FailureRecord:
-        text = _text(error)
-        message = f"{type(error).__name__}({text!r})" if text else type(error).__name__
-        if isinstance(error, StalledError):
-            return failure_of(self._open.handle, self._identity, "stall", message, self._open.guard.stacks)
-        return failure_of(self._open.handle, self._identity, cause, message)
 
     def _leave(self, error: BaseException) -> None:
         """Cancel, exit and the like: flush the newest snapshot with a note, and stay out of the way."""
         cause = cause_of_leaving(error)
         charged = is_charged(cause, progressed=self._journal.newest is not self._open.handle.restored)
-        failure = self._failure(error, cause) if charged else None
+        failure = self._open.failure(error, cause) if charged else None
         self._open.leave(Ended(cause, charged), failure)
 
     def _sleep(self, seconds: float) -> None:
@@ -716,8 +754,15 @@ class _Task:
         time.sleep(max(deadline - time.monotonic(), 0.0))
 
 
-def failure_of(handle: Checkpoint, identity: _ray.Identity, cause: str, message: str, seen: str = "") -> FailureRecord:
-    """A failure of an attempt of this process, now."""
+def _is_of_the_batch(error: BaseException) -> bool:
+    """Whether what came out of a batch can be its doing: not a signal, an exit or a cancel, and not the store's trouble."""
+    return isinstance(error, Exception) and not isinstance(error, CheckpointStoreError)
+
+
+def failure_of(
+    handle: Checkpoint, identity: _ray.Identity, cause: str, message: str, seen: str = "", *, pinned: bool = False
+) -> FailureRecord:
+    """A failure of an attempt of this process, now. `pinned`: of the batch at which it stands."""
     return FailureRecord(
         cause=cause,
         attempt=handle.attempt,
@@ -728,6 +773,8 @@ def failure_of(handle: Checkpoint, identity: _ray.Identity, cause: str, message:
         time=time.time(),
         position=handle.position,
         stacks=seen,
+        place=handle.place,
+        pinned=pinned,
     )
 
 
@@ -765,21 +812,13 @@ def cause_of_leaving(error: BaseException) -> str:
     return type(error).__name__
 
 
-def _poison_batch(failures: tuple[FailureRecord, ...]) -> int | None:
-    """The batch at which the last failures in a row happened, if there were enough of them."""
-    last = failures[-POISON_FAILURES:]
-    if len(last) < POISON_FAILURES or len({(failure.batch, failure.position) for failure in last}) > 1:
-        return None
-    return last[-1].batch
-
-
 # --- saying ---------------------------------------------------------------------------------------------------------
 
 
 def _say_resumed(handle: Checkpoint, held: rules.Held, max_failures: int, wait_s: float = 0.0, *, beside: bool = False) -> None:
     """One line per failure and resume, ids first: Ray folds lines that are alike."""
     failure = held.failures[-1]
-    of = "" if max_failures < 0 else f" of {max_failures + 1}"
+    of = "" if not 0 <= held.attempt - 1 <= max_failures else f" of {max_failures + 1}"  # some failures were given back
     where = _place(handle.position, handle.restored_total)
     ago = max(time.time() - failure.time, 0.0)
     there = "there" if failure.position == handle.position else f"at {_place(failure.position)}"
@@ -816,10 +855,26 @@ def _say_given_up(handle: Checkpoint, failure: FailureRecord, max_failures: int 
     _events.emit(logging.WARNING, "faultguard.attempt_failed", text, **handle.fields(), cause=failure.cause, node=failure.node_id)
 
 
-def _say_leaves(handle: Checkpoint, failure: FailureRecord) -> None:
+def _say_quarantined(handle: Checkpoint, held: rules.Held, before: tuple[Place, ...], *, beside: bool = False) -> None:
+    """One line per batch that was not quarantined before."""
+    emit = _events.emit_beside if beside else _events.emit
+    for place in held.quarantined[len(before) :]:
+        failure = held.failures[-1]
+        loops = ", ".join(f"{spot.loop!r}" for spot in place)
+        where = f"{_place(tuple(spot.done for spot in place))} of {loops}"
+        how = failure.message or failure.cause
+        text = (
+            f"'{handle.task}/{handle.worker_id}' quarantines {where}: three attempts failed there, attempt {failure.attempt} with {how}. "
+            f"It is passed over from now on, and its failures are given back."
+        )
+        fields = {**handle.fields(), "quarantined": batch_of(place), "cause": failure.cause}
+        emit(logging.WARNING, "faultguard.batch_quarantined", text, **fields)
+
+
+def _say_leaves(handle: Checkpoint, failure: FailureRecord, why: str) -> None:
     text = (
         f"'{handle.task}/{handle.worker_id}' attempt {failure.attempt} failed at {_place(failure.position)} with {failure.message}; a new "
-        f"process goes on, because the arguments are too large, or hold references, to be kept for a retry in this one."
+        f"process goes on, because {why}."
     )
     _events.emit(logging.WARNING, "faultguard.attempt_left", text, **handle.fields(), cause=failure.cause)
 

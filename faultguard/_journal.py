@@ -10,7 +10,8 @@ import logging
 import math
 import threading
 import time
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from faultguard import _events
 from faultguard._core import log as rules
@@ -20,14 +21,15 @@ from faultguard._sidecar import Sidecar
 from faultguard.errors import CheckpointStoreError, SupersededError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator
+    from collections.abc import Callable
 
-    from faultguard._core.records import FailureRecord, Outcome, Snapshot
+    from faultguard._core.records import FailureRecord, Outcome, Place, Snapshot
     from faultguard._core.schedule import Schedule
     from faultguard._log import StoredLog
 
 __all__ = ["Journal"]
 
+T = TypeVar("T")
 STORE_RETRY_S = 1.0
 TIDY_DELAY_S = 0.1  # deleting beside the loop disturbs its next save: seldom, and several at once
 STORE_PATIENCE_S = 60.0  # how long a store may fail before the loop is told; nothing durable is lost meanwhile
@@ -55,6 +57,7 @@ class Journal:
         self.keep = keep
         self._lock = threading.Lock()  # one write in flight
         self._newest: Snapshot | None = None  # taken by this attempt or an earlier one of this process
+        self._begins: Place = ()  # the batch that began right after `_newest`, where that is recorded
         self._due = math.inf
         self._failing_since: float | None = None
         self._error: CheckpointStoreError | None = None
@@ -73,6 +76,7 @@ class Journal:
 
     def offer(self, snapshot: Snapshot, due: float) -> None:
         """Take a snapshot, to be written at `due` (monotonic seconds) unless a newer one comes; the newest always counts."""
+        self._begins = ()  # first: a batch that is over must never be recorded with a later snapshot
         self._newest = snapshot
         if self.superseded:
             self._schedule.look_at = NOW  # the schedule may just have looked the other way
@@ -87,10 +91,32 @@ class Journal:
             SupersededError: a later attempt owns the worker.
             CheckpointStoreError: the store did not take it.
         """
-        self._newest = snapshot
+        self._write_here(snapshot, (), self._write_newest)
+
+    def pin(self, snapshot: Snapshot, begins: Place) -> None:
+        """Write a snapshot, and which batch begins right after it; durable on return. A store that fails for a moment is waited for.
+
+        Raises:
+            SupersededError: a later attempt owns the worker.
+            CheckpointStoreError: the store has failed for too long.
+        """
+        self._write_here(snapshot, begins, lambda: self._insist(self._write_newest))
+
+    def skip_poison(self, skip: bool) -> None:  # noqa: FBT001 - what the block says
+        """Whether a batch that fails three times in a row is quarantined, from now on."""
+        self.held.policy = replace(self.held.policy, skip_poison=skip)
+
+    def unpin(self) -> None:
+        """The batch that is recorded as begun is over, and no snapshot follows: the writer thread says so."""
+        self._begins = ()
+        self._due = NOW
+        self._call_writer()
+
+    def _write_here(self, snapshot: Snapshot, begins: Place, write: Callable[[], None]) -> None:
         with self._lock:
+            self._newest, self._begins = snapshot, begins
             tidy = self._tidy_at == math.inf
-            self._write_newest()
+            write()
         if tidy and self._tidy_at < math.inf:
             self._call_writer()
         self.raise_if_superseded()
@@ -164,7 +190,7 @@ class Journal:
         """Record a failure, the newest snapshot and the claim of the next attempt, at once."""
         with self._lock:
             snapshot = snapshot_to_flush(self._newest, self.held.durable)
-            self._last(self._insist(lambda: rules.retry_record(self.held, snapshot, failure, time.time())))
+            self._last(self._insist(lambda: self.log.run(rules.retry_record(self.held, snapshot, failure, time.time()))))
         self.raise_if_superseded()
 
     def leave(self, ended: Ended, failure: FailureRecord | None = None) -> None:
@@ -173,29 +199,30 @@ class Journal:
             if self._closed:  # cut between its last record and its end: there is nothing left to say
                 return
             snapshot = snapshot_to_flush(self._newest, self.held.durable)
-            saved = self.log.run(rules.save(self.held, snapshot, time.time(), ended=ended, failure=failure))
-            self._last(saved)
+            self._last(self._save(snapshot, ended=ended, failure=failure))
         self.raise_if_superseded()
 
     def end(self, outcome: Outcome, snapshot: Snapshot | None, failure: FailureRecord | None = None) -> None:
         """Record the outcome, with the state that belongs to it."""
         with self._lock:
             ended = Ended("exception", charged=True) if failure is not None else None
-            self._last(self._insist(lambda: rules.save(self.held, snapshot, time.time(), ended=ended, failure=failure, outcome=outcome)))
+            self._last(self._insist(lambda: self._save(snapshot, ended=ended, failure=failure, outcome=outcome)))
         self.raise_if_superseded()
 
-    def _insist(self, procedure: Callable[[], Generator[rules.Op, Any, bool]]) -> bool:
+    def _save(self, snapshot: Snapshot | None, **what: Any) -> bool:
+        saved: bool = self.log.run(rules.save(self.held, snapshot, time.time(), **what))
+        return saved
+
+    def _insist(self, write: Callable[[], T]) -> T:
         """Under the lock: a record without which the worker would be lost. A store that fails for a moment must not end it."""
         deadline = time.monotonic() + STORE_PATIENCE_S
         while True:
             try:
-                saved: bool = self.log.run(procedure())
+                return write()
             except CheckpointStoreError:  # noqa: PERF203 - trying again is the point
                 if time.monotonic() >= deadline:
                     raise
                 time.sleep(STORE_RETRY_S)
-            else:
-                return saved
 
     def close(self) -> None:
         """Let the writer thread go; after `leave`, `end` or `retry` nothing is pending. What it has not deleted, a later attempt does."""
@@ -211,15 +238,15 @@ class Journal:
 
     def _write_newest(self) -> None:
         """Under the lock."""
-        snapshot = self.newest
+        snapshot, begins = self.newest, self._begins
         excuse = self._excuse if snapshot is not self._began_with else None
         if snapshot is None or self.superseded or self._closed:
             return
-        if snapshot is self.held.durable and (excuse is None or self._excused):
+        if snapshot is self.held.durable and begins == self.held.begins and (excuse is None or self._excused):
             return
         started = time.thread_time()
         self._schedule.begins(time.monotonic())
-        self._outcome_of(self.log.run(rules.save(self.held, snapshot, time.time(), ended=excuse)))
+        self._outcome_of(self._save(snapshot, ended=excuse, begins=begins))
         self._excused = excuse is not None
         now = time.monotonic()
         if not self.superseded:

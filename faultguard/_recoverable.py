@@ -18,7 +18,7 @@ from faultguard._core.schedule import Every, check_every
 from faultguard._core.stall import check_timeout
 from faultguard._handle import Checkpoint
 from faultguard.errors import UsageError
-from faultguard.policy import Backoff, Matcher, check_matcher
+from faultguard.policy import Backoff, Matcher, OnPoison, check_matcher, check_on_poison
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -33,6 +33,7 @@ __all__ = ["RecoverableFunction", "recoverable"]
 P = ParamSpec("P")
 R = TypeVar("R")
 EXTRA_RAY_RETRIES = 20  # ends that are not charged (drain, leaving) use up Ray's count, too
+REFILLED_RAY_RETRIES = 1000  # and so do failures that are given back, or forgiven: as many as that, so that there is an end in any case
 _OWN_BY_HAND = ("max_retries", "retry_exceptions")
 
 
@@ -75,8 +76,8 @@ def recoverable(
     backoff: Backoff = ...,
     stall_timeout: float | timedelta | None = None,
     reset_on_progress: bool = False,
-    fresh_process_on: tuple[type[Exception], ...] = (),
-    on_poison: str = "fail",
+    fresh_process_on: Matcher = (),
+    on_poison: OnPoison = "fail",
 ) -> _Decorator: ...
 def recoverable(
     max_failures: Any = None,
@@ -90,8 +91,8 @@ def recoverable(
     backoff: Backoff = Backoff(),  # noqa: B008 - frozen
     stall_timeout: float | timedelta | None = None,
     reset_on_progress: bool = False,
-    fresh_process_on: tuple[type[Exception], ...] = (),
-    on_poison: str = "fail",
+    fresh_process_on: Matcher = (),
+    on_poison: OnPoison = "fail",
 ) -> Any:
     """Make a Ray task go on from its last checkpoint after an exception or the death of its process.
 
@@ -110,9 +111,13 @@ def recoverable(
         backoff: the waits between retries.
         stall_timeout: seconds (or a timedelta) without progress in a loop after which `StalledError` is raised in the batch, one failure;
             a thread that does not come back from it within as long, at most 30 s, loses its process. None: nothing is killed.
-        reset_on_progress: not yet.
-        fresh_process_on: not yet.
-        on_poison: not yet.
+        reset_on_progress: a failure further on than all before it starts the count anew, so that `max_failures` limits those without
+            progress. A crash is as far as what was durable.
+        fresh_process_on: exceptions after which the process is not trusted, such as errors of CUDA: Ray starts a new one for the retry.
+            A type, a tuple, or a predicate `exc -> bool`.
+        on_poison: "fail": the budget decides, and the error names the batch. "skip": after three failures in a row at one batch (a crash
+            counts if the batch was recorded just before it began, which happens after a crash) it is quarantined: passed over from
+            now on, its failures given back, at most 100 batches of a worker. Needs `max_failures` of at least 3.
 
     Raises:
         UsageError: an option, or what is decorated, cannot work; the text says what to write.
@@ -128,21 +133,19 @@ def recoverable(
     6
     """
     bare = max_failures is not None and not isinstance(max_failures, (int, float, str))
-    refuse_not_yet(
-        "recoverable",
-        reset_on_progress=(reset_on_progress, False),
-        fresh_process_on=(fresh_process_on, ()),
-        on_poison=(on_poison, "fail"),
-    )
     if not isinstance(backoff, Backoff):
         msg = f"backoff={backoff!r} is refused; it takes faultguard.Backoff(initial=1.0, factor=5.0, maximum=300.0)"
         raise UsageError(msg)
     if worker_id is not None and not isinstance(worker_id, str) and not callable(worker_id):
         msg = f"worker_id={worker_id!r} is refused; the decorator takes the name of a parameter, or a callable on the arguments"
         raise UsageError(msg)
+    if not isinstance(reset_on_progress, bool):
+        msg = f"reset_on_progress={reset_on_progress!r} is refused; it takes True or False"
+        raise UsageError(msg)
+    failures = None if bare or max_failures is None else _settings.check_max_failures(max_failures)
     options = TaskOptions(
         name=_check_name(name) or "",  # set when the function is known
-        max_failures=None if bare or max_failures is None else _settings.check_max_failures(max_failures),
+        max_failures=failures,
         worker_id=worker_id,
         state=Checkpoint.check_state(state),
         every=check_every(every),
@@ -150,6 +153,9 @@ def recoverable(
         give_up_on=check_matcher("give_up_on", give_up_on),
         backoff=backoff,
         stall_timeout_s=check_timeout("recoverable(stall_timeout=", stall_timeout),
+        reset_on_progress=reset_on_progress,
+        fresh_process_on=check_matcher("fresh_process_on", fresh_process_on),
+        on_poison=check_on_poison("recoverable", on_poison, failures),
     )
     decorate = functools.partial(_decorate, options=options)
     return decorate(max_failures) if bare else decorate
@@ -341,9 +347,9 @@ class RecoverableFunction(Generic[P, R]):
         return _Header(settings, worker_id, _digests(settings, bound, small=small), self._afresh)
 
     def _remote(self, settings: Settings) -> Any:
-        failures = self._options.max_failures if self._options.max_failures is not None else settings.max_failures
+        failures = _failures(self._options, settings)
         if failures not in self._remotes:
-            retries = failures + EXTRA_RAY_RETRIES if failures >= 0 else -1
+            retries = _ray_retries(self._options, failures)
             entry = _entry(self._function, self._options)
             self._remotes[failures] = ray.remote(**{**self._ray_options, "max_retries": retries, "retry_exceptions": False})(entry)
         remote = self._remotes[failures]
@@ -353,6 +359,24 @@ class RecoverableFunction(Generic[P, R]):
         """Travel without what was exported to one cluster."""
         functions = (self._function, self._options, {**self._ray_options, **self._at_call}, self._worker_id)
         return functools.partial(RecoverableFunction, afresh=self._afresh), functions
+
+
+def _failures(options: TaskOptions, settings: Settings) -> int:
+    """How many failures a task survives, as far as the driver knows when it submits one.
+
+    Raises:
+        UsageError: too few for what else is asked for.
+    """
+    failures = options.max_failures if options.max_failures is not None else settings.max_failures
+    check_on_poison("recoverable", options.on_poison, failures)
+    return failures
+
+
+def _ray_retries(options: TaskOptions, failures: int) -> int:
+    """How often Ray is to start the task again. Not without end: a process that dies while Ray unpacks arguments never gets to us."""
+    if failures < 0:
+        return -1
+    return failures + EXTRA_RAY_RETRIES + REFILLED_RAY_RETRIES * (options.reset_on_progress or options.on_poison == "skip")
 
 
 def _entry(function: Callable[..., Any], options: TaskOptions) -> Callable[..., Any]:
@@ -450,13 +474,13 @@ def _check_submission(function: Callable[..., Any], options: TaskOptions, invoca
         if settings.named:
             _submits(settings, options, inspect.signature(function).bind(*args, **kwargs))
         variables = _ray.options_at_submission(invocation)
-        failures = options.max_failures if options.max_failures is not None else settings.max_failures
+        failures = _failures(options, settings)
         if variables is None:
             _warn_unreadable(options.name)
         else:
             retries = variables["max_retries"]
             if retries != -1 and (failures < 0 or retries < failures + 1):
-                needed = "-1" if failures < 0 else f"{failures + EXTRA_RAY_RETRIES} (at least {failures + 1})"
+                needed = "-1" if failures < 0 else f"{_ray_retries(options, failures)} (at least {failures + 1})"
                 msg = (
                     f"task {options.name!r} is submitted with Ray's max_retries={retries}, too few for max_failures={failures}. Write "
                     f"@recoverable above @ray.remote, which sets it, or @ray.remote(max_retries={needed})"

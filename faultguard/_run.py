@@ -10,7 +10,7 @@ import msgspec
 
 from faultguard import _ray, _session, _settings
 from faultguard._core.names import check_worker_id, record_number
-from faultguard._core.records import FailureRecord, Outcome, Record, decode_record
+from faultguard._core.records import FailureRecord, Outcome, Place, Record, decode_record
 from faultguard.errors import ManagerUnavailableError, UsageError
 from faultguard.storage import open_store
 
@@ -219,6 +219,7 @@ class _Worker(msgspec.Struct, frozen=True, omit_defaults=True):
     attempts: int
     outcome: Outcome | None = None
     failures: tuple[FailureRecord, ...] = ()
+    quarantined: tuple[Place, ...] = ()
 
 
 def end_run(settings: Settings, *, failed: bool) -> None:
@@ -237,7 +238,7 @@ def end_run(settings: Settings, *, failed: bool) -> None:
         if head is None or status != "completed":
             unfinished.append(f"{store.url}/{folder}")
         if head is not None:
-            workers.append(_Worker(head.task, head.worker_id, status, head.attempt, head.outcome, head.failures))
+            workers.append(_Worker(head.task, head.worker_id, status, head.attempt, head.outcome, head.failures, head.quarantined))
             saved_s += head.saved_s
         if status == "completed" and not failed:
             superfluous += keys  # oldest first: the end goes last, so dying here leaves a completed worker
@@ -265,7 +266,12 @@ def _say_end(settings: Settings, workers: list[_Worker], unfinished: list[str], 
     completed = sum(worker.status == "completed" for worker in workers)
     survived = sum(len(worker.failures) for worker in workers if worker.status == "completed")
     saved = f" Saved {duration(saved_s)} of work." if saved_s >= 1 else ""
-    say(f"run {settings.run!r} ended: {completed} completed, {survived} failures survived, {len(unfinished)} not completed.{saved}")
+    aside = sum(len(worker.quarantined) for worker in workers)
+    quarantined = f" {aside} quarantined," if aside else ""
+    say(
+        f"run {settings.run!r} ended: {completed} completed, {survived} failures survived,{quarantined} {len(unfinished)} not "
+        f"completed.{saved}"
+    )
     for path in unfinished[:KEPT_RUNS]:
         say(f"kept {path}")
 

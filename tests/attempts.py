@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from faultguard import _journal
 from faultguard._core import log as rules
+from faultguard._core.budget import PLAIN, Policy
 from faultguard._core.names import encode_name, record_name
 from faultguard._core.records import FailureRecord, Outcome, Owner, Record, decode_record
 from faultguard._core.schedule import NOW, Every, Schedule
@@ -98,6 +99,7 @@ class Attempt:
             attempt=held.attempt,
             token=held.token,
             failures=held.failures,
+            quarantined=held.quarantined,
             state=state,
         )
 
@@ -114,16 +116,26 @@ class Attempt:
 
     def fail(self) -> None:
         """The body has raised: failure, newest snapshot and the next claim in one record."""
-        failure = FailureRecord("exception", self.journal.held.attempt, self.ckpt.current_batch, position=self.ckpt.position)
-        self.journal.retry(failure)
+        ckpt = self.ckpt
+        self.journal.retry(
+            FailureRecord(
+                "exception",
+                self.journal.held.attempt,
+                ckpt.current_batch,
+                position=ckpt.position,
+                place=ckpt.place,
+                pinned=ckpt.thrown_out,
+            )
+        )
         self.die()
 
 
 class Worker:
     """A worker of one Ray task."""
 
-    def __init__(self, store: Store, worker_id: str = "w0") -> None:
+    def __init__(self, store: Store, worker_id: str = "w0", policy: Policy = PLAIN) -> None:
         self.store = store
+        self.policy = policy
         self.log = StoredLog(store, f"{RUN}/{TASK}/{encode_name(worker_id)}/")
         self.worker_id = worker_id
         self.task_id = uuid.uuid4().hex
@@ -133,7 +145,8 @@ class Worker:
         """Ray's next attempt: claims the worker and restores it."""
         self.ray_attempt += 1
         owner = Owner(uuid.uuid4().hex, task_id=self.task_id, ray_attempt=self.ray_attempt)
-        granted = self.log.run(rules.claim(rules.Claimant(owner, TASK, self.worker_id, max_failures=-1), time.time()))
+        claimant = rules.Claimant(owner, TASK, self.worker_id, max_failures=-1, policy=self.policy)
+        granted = self.log.run(rules.claim(claimant, time.time()))
         assert isinstance(granted, rules.Granted), granted
         return Attempt(self.log, granted.held, schedule or Schedule(every, time.monotonic()), state, keep)
 

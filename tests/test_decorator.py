@@ -152,9 +152,13 @@ OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"give_up_on": [ValueError]}, "give_up_on=[<class 'ValueError'>] is refused"),
     ({"backoff": 1.0}, "backoff=1.0 is refused; it takes faultguard.Backoff(initial=1.0, factor=5.0, maximum=300.0)"),
     ({"stall_timeout": -1}, "recoverable(stall_timeout=-1) is refused; it takes seconds (> 0), a timedelta, or None for no limit"),
-    ({"reset_on_progress": True}, "recoverable(reset_on_progress=True) is refused: reset_on_progress does not work yet; leave it out"),
-    ({"fresh_process_on": (OSError,)}, "is refused: fresh_process_on does not work yet; leave it out"),
-    ({"on_poison": "skip"}, "recoverable(on_poison='skip') is refused: on_poison does not work yet; leave it out"),
+    ({"reset_on_progress": 1}, "reset_on_progress=1 is refused; it takes True or False"),
+    ({"fresh_process_on": "CUDA"}, "fresh_process_on='CUDA' is refused; it takes an exception type, a tuple of them, or a predicate"),
+    ({"on_poison": "drop"}, 'recoverable(on_poison=\'drop\') is refused; it takes "fail" (the budget decides) or "skip"'),
+    (
+        {"on_poison": "skip", "max_failures": 2},
+        'recoverable(on_poison="skip") with max_failures=2 is refused: a batch is quarantined after 3',
+    ),
 ]
 
 

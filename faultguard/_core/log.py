@@ -11,11 +11,11 @@ deleting needs no check, because the deleter's own durable save made what it del
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from faultguard._core.budget import add_failure, cost_of_crash, exhausted, next_budget
-from faultguard._core.records import Ended, FailureRecord, Outcome, Owner, Record, Snapshot, decode_record, encode_record
+from faultguard._core.budget import PLAIN, Budget, Policy, charge, cost_of_crash, exhausted, next_budget
+from faultguard._core.records import Ended, FailureRecord, Outcome, Owner, Place, Record, Snapshot, decode_record, encode_record
 from faultguard.errors import AmbiguousReplyError, CheckpointCorruptError, CheckpointStoreError
 
 if TYPE_CHECKING:
@@ -116,6 +116,7 @@ class Claimant:
     afresh: bool = False  # start over, whatever another task has done under this id
     gone: int = 0
     crashed: tuple[str, str] = ("", "")  # a writer, and what its process died of as far as Ray knows
+    policy: Policy = PLAIN
 
 
 @dataclass(slots=True)
@@ -138,6 +139,15 @@ class Held:
     saved_s: float = 0.0
     known: dict[int, str] = field(default_factory=dict)
     unanswered: Record | None = None
+    quarantined: tuple[Place, ...] = ()
+    begins: Place = ()  # what `last` says
+    predecessor: str = ""  # how the attempt before this one ended
+    policy: Policy = PLAIN
+
+    @property
+    def budget(self) -> Budget:
+        """What was spent so far."""
+        return Budget(self.charged, self.failures, self.quarantined)
 
 
 @dataclass(frozen=True, slots=True)
@@ -318,7 +328,8 @@ def claim(me: Claimant, now: float) -> Generator[Op, Any, Granted | Finished | B
         if created and max(numbers, default=0) == number:
             if record.kind == "end":
                 return Finished(record, now=True)
-            return Granted(_held(record, numbers, loaded), loaded.snapshot if record.points_to else None, head, loaded.damaged)
+            held = _held(record, numbers, loaded, me.policy)
+            return Granted(held, loaded.snapshot if record.points_to else None, head, loaded.damaged)
     msg = f"worker {me.worker_id!r} could not be claimed in {MAX_CLAIM_TRIES} tries: others go on claiming it at the same time"
     raise CheckpointStoreError(msg)
 
@@ -343,25 +354,26 @@ def claim_record(me: Claimant, loaded: Loaded, number: int, now: float) -> Recor
         return replace_record(base, life=head.life + 1, predecessor="completed")
     if me.afresh and head.owner.task_id != me.owner.task_id:  # Ray's next attempt of the same task resumes
         return replace_record(base, life=head.life + 1, predecessor="started over")
-    charged, failures = next_budget(head)
+    budget = next_budget(head)
     own = head.owner.writer == me.owner.writer  # nothing has run under it
     cancelled = me.crashed == (head.owner.writer, "cancelled")  # by force: it was given no time for a note
     crashed = 0 if own or cancelled else cost_of_crash(head)
     if crashed:
-        charged += crashed
-        failures = add_failure(failures, _crash(head, loaded.snapshot, now, me.crashed))
+        policy = replace(me.policy, skip_poison=me.policy.skip_poison or bool(head.begins))  # which a block may have asked for
+        budget = charge(budget, _crash(head, loaded.snapshot, now, me.crashed), policy)
     resumed_s = loaded.snapshot.work_s if loaded.snapshot is not None else 0.0
     record = replace_record(
         base,
         life=head.life,
         attempt=1 if head.kind == "end" else head.attempt + (not own),
-        charged=charged,
-        failures=failures,
-        predecessor="crash" if crashed else "cancelled" if cancelled else (head.ended.cause if head.ended else "failed"),
+        charged=budget.charged,
+        failures=budget.failures,
+        quarantined=budget.quarantined,
+        predecessor="crash" if crashed else "cancelled" if cancelled else _end_of(head, own=own),
         points_to=loaded.holder,
         saved_s=head.saved_s + resumed_s,
     )
-    if not exhausted(charged, me.max_failures):
+    if not exhausted(budget.charged, me.max_failures):
         return record
     return replace_record(
         record,
@@ -372,6 +384,13 @@ def claim_record(me: Claimant, loaded: Loaded, number: int, now: float) -> Recor
         saved_s=head.saved_s,
         outcome=Outcome(status="failed"),
     )
+
+
+def _end_of(head: Record, *, own: bool) -> str:
+    """How the attempt of `head` ended, by its own word; an earlier try of this claim has not begun anything."""
+    if head.ended is not None:
+        return head.ended.cause
+    return head.predecessor if own else "failed"
 
 
 def _crash(head: Record, snapshot: Snapshot | None, now: float, crashed: tuple[str, str]) -> FailureRecord:
@@ -385,6 +404,8 @@ def _crash(head: Record, snapshot: Snapshot | None, now: float, crashed: tuple[s
         pid=owner.pid,
         time=now,
         position=snapshot.position if snapshot else (),
+        place=head.begins or (snapshot.place if snapshot else ()),
+        pinned=bool(head.begins),
     )
 
 
@@ -394,7 +415,7 @@ def replace_record(record: Record, **changes: Any) -> Record:
     return Record(**{**fields, **changes})
 
 
-def _held(record: Record, numbers: Iterable[int], loaded: Loaded) -> Held:
+def _held(record: Record, numbers: Iterable[int], loaded: Loaded, policy: Policy) -> Held:
     """The log as the one knows it who has just claimed it: of older records only the numbers."""
     known = dict.fromkeys(numbers, "unknown")
     known[record.number] = "claim"
@@ -413,6 +434,9 @@ def _held(record: Record, numbers: Iterable[int], loaded: Loaded) -> Held:
         durable=loaded.snapshot if record.points_to else None,
         saved_s=record.saved_s,
         known=known,
+        quarantined=record.quarantined,
+        predecessor=record.predecessor,
+        policy=policy,
     )
 
 
@@ -427,10 +451,12 @@ def save(
     ended: Ended | None = None,
     failure: FailureRecord | None = None,
     outcome: Outcome | None = None,
+    begins: Place = (),
 ) -> Generator[Op, Any, bool]:
     """Append a save, or with an `outcome` the end. Returns False when a later attempt owns the worker: superseded.
 
-    `snapshot` None repeats the one that is durable. `ended` and `failure` are the note of an attempt that leaves.
+    `snapshot` None repeats the one that is durable. `ended` and `failure` are the note of an attempt that leaves. `begins` is the
+    batch that is to begin as soon as this is durable.
     After an error of the store it may be called again, with the same or something newer.
     """
     settled = held.unanswered
@@ -438,10 +464,11 @@ def save(
         return False
     if held.known.get(held.last) == "end":
         return True  # it has arrived after all, and nothing comes after an outcome
-    charged = held.charged + (1 if ended is not None and ended.charged else 0)
-    failures = add_failure(held.failures, failure) if failure is not None else held.failures
+    budget = held.budget
+    if failure is not None:
+        budget = charge(budget, failure, held.policy if outcome is None else PLAIN)  # of what ends for good, nothing is quarantined
     snapshot = snapshot if snapshot is not None else held.durable
-    if settled is not None and (settled.snapshot, settled.ended, settled.outcome) == (snapshot, ended, outcome):
+    if settled is not None and (settled.snapshot, settled.ended, settled.outcome, settled.begins) == (snapshot, ended, outcome, begins):
         return True
     number = held.last + 1
     record = Record(
@@ -454,12 +481,14 @@ def save(
         life=held.life,
         attempt=held.attempt,
         token=held.token,
-        charged=charged,
-        failures=failures,
+        charged=budget.charged,
+        failures=budget.failures,
+        quarantined=budget.quarantined,
         snapshot=snapshot,
         ended=ended,
         outcome=outcome,
         saved_s=held.saved_s,
+        begins=begins,
     )
     return (yield from _append(held, record))
 
@@ -469,7 +498,7 @@ def give_back(head: Record, now: float, ended: Ended) -> Generator[Op, Any, bool
     loaded = yield from load([*(yield List())])
     if loaded.head is None or loaded.head.number != head.number:
         return False
-    held = _held(head, loaded.numbers, loaded)
+    held = _held(head, loaded.numbers, loaded, PLAIN)
     held.durable = loaded.snapshot
     return (yield from save(held, None, now, ended=ended))
 
@@ -492,6 +521,7 @@ def retry_record(
     snapshot = snapshot if snapshot is not None else held.durable
     number = held.last + 1
     owner = _next_retry(held.owner)
+    budget = charge(held.budget, failure, held.policy)
     record = Record(
         kind="claim",
         number=number,
@@ -502,8 +532,9 @@ def retry_record(
         life=held.life,
         attempt=held.attempt + 1,
         token=number,
-        charged=held.charged + 1,
-        failures=add_failure(held.failures, failure),
+        charged=budget.charged,
+        failures=budget.failures,
+        quarantined=budget.quarantined,
         predecessor=failure.cause,
         snapshot=snapshot,
         saved_s=held.saved_s + (snapshot.work_s if snapshot else 0.0),
@@ -536,6 +567,8 @@ def _append(held: Held, record: Record) -> Generator[Op, Any, bool]:
     held.unanswered = None
     held.last, held.durable, held.owner, held.token = record.number, record.snapshot, record.owner, record.token
     held.attempt, held.charged, held.failures, held.saved_s = record.attempt, record.charged, record.failures, record.saved_s
+    held.quarantined, held.begins = record.quarantined, record.begins
+    held.predecessor = record.predecessor if record.kind == "claim" else held.predecessor
     held.known[record.number] = _kind(record)
     return True
 

@@ -24,12 +24,15 @@ __all__ = [
     "Mark",
     "Outcome",
     "Owner",
+    "Place",
     "Record",
     "Snapshot",
+    "Spot",
     "decode_record",
     "encode_record",
     "left_last",
     "open_envelope",
+    "positions",
     "seal",
 ]
 
@@ -40,6 +43,22 @@ _PREFIX = b'{"faultguard":1,"sha256":"'
 _MIDDLE = b'","record":'
 _DIGEST_LENGTH = 64
 _BODY_START = len(_PREFIX) + _DIGEST_LENGTH + len(_MIDDLE)
+
+
+class Spot(msgspec.Struct, frozen=True, array_like=True):
+    """One loop of a place: its name, how many loops were opened before it in its scope, and its batches done."""
+
+    loop: str
+    before: int
+    done: int
+
+
+Place = tuple[Spot, ...]  # where a worker stands, outer to inner
+
+
+def positions(places: Iterable[Place]) -> tuple[tuple[int, ...], ...]:
+    """Places as users see them: without the names of the loops."""
+    return tuple(tuple(spot.done for spot in place) for place in places)
 
 
 class FailureRecord(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -55,6 +74,8 @@ class FailureRecord(msgspec.Struct, frozen=True, omit_defaults=True):
         time: when it was recorded, seconds since the epoch.
         position: batches done per loop, outer to inner.
         stacks: of a stall, the stack of every thread, at most 8192 characters. Only the newest failure keeps it.
+        place: `position` with the names of the loops.
+        pinned: whether it is known that the batch at `place` failed, and nothing around it.
     """
 
     cause: str
@@ -66,6 +87,8 @@ class FailureRecord(msgspec.Struct, frozen=True, omit_defaults=True):
     time: float = 0.0
     position: tuple[int, ...] = ()
     stacks: str = ""
+    place: Place = ()
+    pinned: bool = False
 
 
 class Owner(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -142,6 +165,12 @@ class Snapshot(msgspec.Struct, frozen=True):
         """Batches done in the innermost loop."""
         return self.position[-1] if self.position else 0
 
+    @property
+    def place(self) -> Place:
+        """`position` with the names of the loops."""
+        path = zip(left_last(self.loops), self.loops, strict=False)
+        return tuple(Spot(mark.name, len(scope) - 1, mark.done) for mark, scope in path)
+
 
 class Outcome(msgspec.Struct, frozen=True, omit_defaults=True):
     """How the work ended for good. `value` is the encoded return value; if not `recorded`, it has to be computed again."""
@@ -158,6 +187,7 @@ class Record(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
 
     `charged` and `failures` count the ends of this budget, this record's own `ended` included. `points_to` is, in a claim
     without a snapshot, the number of the record that holds the state to go on from; 0 says that there is none: fresh.
+    `begins` is, in a save that was waited for, the batch that began right after it: if nothing follows, that one killed the process.
     """
 
     kind: Literal["claim", "save", "end"]
@@ -177,6 +207,8 @@ class Record(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
     ended: Ended | None = None
     outcome: Outcome | None = None
     saved_s: float = 0.0  # seconds of work that resuming has saved so far
+    quarantined: tuple[Place, ...] = ()  # batches of this life that are passed over
+    begins: Place = ()
 
 
 _encoder = msgspec.json.Encoder()
