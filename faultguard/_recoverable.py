@@ -12,7 +12,6 @@ import ray
 
 from faultguard import _codec, _packing, _ray, _session, _settings
 from faultguard._attempt import TaskOptions, Work, check_arguments, run_task
-from faultguard._checkpointed import refuse_not_yet
 from faultguard._core.names import check_worker_id
 from faultguard._core.schedule import Every, check_every
 from faultguard._core.stall import check_timeout
