@@ -213,7 +213,7 @@ class OpenWorker:
         handle, guard = self.handle, self.guard
         text = f"{self._stands_still(age_s)} (stall_timeout={timeout_s:g} s)"
         error = StalledError(text, worker_id=handle.worker_id, attempt=handle.attempt, batch=handle.current_batch)
-        seen = stacks(guard.thread)
+        seen = stacks(guard.thread, native=True)
         raised = guard.strike(key, error, seen)
         if raised or guard.look()[0] == key:
             what = "StalledError is raised there" if raised else "nothing is raised into the thread of an event loop"
@@ -227,7 +227,7 @@ class OpenWorker:
             text = f"{self._stands_still(age_s)}; this process is not ended, because it hosts other work."
             _events.emit_beside(logging.ERROR, "faultguard.stall_stays", text, **self.handle.fields())
             return
-        seen = guard.stacks or stacks(guard.thread)
+        seen = guard.stacks or stacks(guard.thread, native=True)
         text = f"{self._stands_still(age_s)} (stall_timeout={timeout_s:g} s) and does not react"
         if not guard.hold(key):
             return

@@ -7,6 +7,7 @@ import contextlib
 import logging
 import os
 import random
+import re
 import sys
 import threading
 import time
@@ -474,7 +475,12 @@ def test_hung_in_c(run: faultguard.Run, trace: Trace, how: str) -> None:
     (failure,) = records(run, "locked", "w")[-1].failures
     assert (failure.cause, failure.batch, failure.attempt) == ("stall", 3, 1)
     assert "does not react" in failure.message
-    assert "in locked" in failure.stacks
+    python, _, native = failure.stacks.partition("py-spy: ")
+    assert "in locked" in python
+    thread = native.split("Thread ")[1]  # the one that hangs comes first
+    assert "locked (" in thread
+    if how == "read":
+        assert re.search(r"^    (__)?(libc_)?read ", thread, re.MULTILINE), native
 
 
 @pytest.mark.ray
