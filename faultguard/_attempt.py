@@ -100,19 +100,15 @@ class OpenWorker:
         self._identity = identity
         self._started = time.time()
         self._status = ""
+        self._announced = False
         self.mark_every_s = settings.heartbeat_interval
         self.held = Held(handle.task, handle.worker_id, handle.token)
         _held_here[journal.held.owner.writer] = self
-        self.guard.on_timed = self._watched
+        self.guard.on_timed = self._timed
         self.guard.on_change = self._remark
-        timed = self.guard.timeout_s is not None
-        if timed:
-            self._watched()
-        if timed and journal.held.failures:  # it may stand still, as a whole, at once: what it did before
-            _watcher.mark(self)
-            _beater.register(self, wait_s=FIRST_BEAT_WAIT_S)
-        else:
-            _beater.register(self)
+        _beater.register(self)
+        if self.guard.timeout_s is not None:
+            self._timed()
 
     @property
     def guard(self) -> StallGuard:
@@ -124,6 +120,15 @@ class OpenWorker:
             _watcher.watch(self)
             if self._status:  # closed meanwhile
                 _watcher.unwatch(self)
+
+    def _timed(self) -> None:
+        """A timeout is set: from now on the process may stand still as a whole, which only others can see, if they know of it."""
+        self._watched()
+        if not (self._announced or self._status or self.hosts_others()):
+            self._announced = True
+            with self.guard.paused():
+                _watcher.mark(self)
+                _beater.hurry(self, FIRST_BEAT_WAIT_S)
 
     def _remark(self) -> None:
         _watcher.remark(self)

@@ -230,12 +230,12 @@ class StallGuard:
 
     def open(self, section: Section) -> None:
         """A section begins in this thread."""
+        if section.timeout_s is not None:
+            self._watch()
         with self._lock:
             self._raise_stalled()
             self._turns += 1
             self._sections.append(section)
-        if section.timeout_s is not None:
-            self._watch()
         self._changed()
 
     def close(self, section: Section) -> None:
