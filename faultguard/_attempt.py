@@ -687,6 +687,8 @@ def failure_of(handle: Checkpoint, identity: _ray.Identity, cause: str, message:
 
 
 def _text(error: BaseException) -> str:
+    if type(error).__str__ is KeyError.__str__ and len(error.args) == 1:  # which shows its key in quotes of its own
+        error = Exception(*error.args)
     try:
         return str(error)
     except Exception as trouble:  # noqa: BLE001 - a user's __str__ may raise anything
