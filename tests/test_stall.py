@@ -543,6 +543,26 @@ def test_actors_that_hang_in_c(run: faultguard.Run, trace: Trace, concurrency: i
 
 
 @pytest.mark.ray
+def test_a_driver_that_hangs_in_c(run: faultguard.Run, caplog: pytest.LogCaptureFixture) -> None:
+    """Its process is not ended: `StalledError` waits until it comes back to Python."""
+    read, write = os.pipe()
+    timer = threading.Timer(3, os.write, (write, b"!"))
+    timer.start()
+
+    def work() -> None:
+        with faultguard.checkpointed("driver", stall_timeout=0.5) as ckpt:
+            for _ in ckpt.batches(range(3)):
+                os.read(read, 1)
+
+    with pytest.raises(StalledError):
+        work()
+    assert "faultguard.stall_stays" in {vars(record).get("event") for record in caplog.records}
+    timer.join()
+    os.close(read)
+    os.close(write)
+
+
+@pytest.mark.ray
 def test_async_actors_are_told_and_go_on(run: faultguard.Run, capfd: pytest.CaptureFixture[str]) -> None:
     """Nothing is raised into an event loop, and its process is not ended: a warning says what stands still."""
 
