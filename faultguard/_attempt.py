@@ -55,6 +55,7 @@ MAX_MESSAGE = 1000
 DEFAULT_KEEP = 3
 POISON_FAILURES = 3
 HOLDER_POLL_S = 0.2
+PROBES_PER_CLAIM = 2  # a probe of a node that does not answer is given up after `heartbeat_timeout`
 LONG_WAIT_S = 1.0  # shorter waits are not worth a call
 MANAGER_WAIT_S = 10.0
 FIRST_BEAT_WAIT_S = 2.0
@@ -401,17 +402,21 @@ def _claim(log: StoredLog, me: rules.Claimant, settings: Settings) -> rules.Gran
             dead = True
         if watched is None or watched[0] != head.number:
             watched = (head.number, now)
-        silent = dead is None and now - watched[1] >= settings.heartbeat_timeout and _is_silent(settings, me)
+        waited = dead is None and now - watched[1] >= settings.heartbeat_timeout
+        silent = _is_silent(settings, me) if waited else False
         if dead or silent:
             me = replace(me, gone=head.token, crashed=_death_of_holder(log))
-        elif now >= deadline + HOLDER_POLL_S:
+        elif now >= deadline + (HOLDER_POLL_S if silent is False else PROBES_PER_CLAIM * settings.heartbeat_timeout):
             raise _duplicate(me, head, settings)
         else:
             time.sleep(HOLDER_POLL_S)
 
 
-def _is_silent(settings: Settings, me: rules.Claimant) -> bool:
-    """Whether the manager has watched for long enough and heard nothing of the holder. Not to know is not silence."""
+def _is_silent(settings: Settings, me: rules.Claimant) -> bool | None:
+    """Whether the manager has watched for long enough and heard nothing of the holder; None: it has, and asks on its node if it lives.
+
+    Not to know is not silence.
+    """
     from faultguard._manager import find_or_make
 
     try:
@@ -419,8 +424,9 @@ def _is_silent(settings: Settings, me: rules.Claimant) -> bool:
     except (ManagerUnavailableError, *_ray.UNREACHABLE):
         return False
     age = heard["age_s"]
-    watched_s = heard["uptime_s"] if age is None else age
-    return bool(watched_s >= settings.heartbeat_timeout)
+    if age is None:
+        return bool(heard["uptime_s"] >= settings.heartbeat_timeout)
+    return (heard["doubted"] or None) if age >= settings.heartbeat_timeout else False
 
 
 def _duplicate(me: rules.Claimant, head: Record, settings: Settings) -> DuplicateWorkerError:

@@ -67,7 +67,7 @@ class Trace:
         return list(first.values())
 
 
-def wait_until(condition: Any, timeout_s: float = 30.0) -> Any:
+def wait_until(condition: Any, timeout_s: float = 90.0) -> Any:
     """Ask until the answer is true, and give it; AssertionError when that takes too long."""
     deadline = time.monotonic() + timeout_s
     while not (answer := condition()):

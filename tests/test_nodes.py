@@ -55,13 +55,15 @@ def run(nodes: Nodes, tmp_path: Path) -> Iterator[faultguard.Run]:
 
 @faultguard.recoverable(every=1, backoff=NOWAIT)
 @ray.remote(num_cpus=1, resources={WORK: 1})
-def steps(worker_id: str, n: int, trace: Trace) -> Any:
-    """A loop that takes its time."""
+def steps(worker_id: str, n: int, trace: Trace, stuck_at: int = -1) -> Any:
+    """A loop that takes its time, and for ever at one batch of its first attempt."""
     ckpt = faultguard.current()
     node = ray.get_runtime_context().get_node_id()
     for batch in ckpt.batches(range(n)):
         trace.note("batch", worker_id, attempt=ckpt.attempt, batch=batch, node=node)
         time.sleep(0.05)
+        while batch == stuck_at and ckpt.attempt == 1:
+            time.sleep(0.01)
         ckpt.state["sum"] = ckpt.state.get("sum", 0) + batch
         ckpt.state.setdefault("seen", []).append(batch)
     return result(ckpt)
@@ -76,8 +78,8 @@ def node_of_manager() -> str:
 def test_a_node_that_is_killed(nodes: Nodes, run: faultguard.Run, trace: Trace) -> None:
     """Its workers go on elsewhere; the manager was never there."""
     first = nodes.add()
-    refs = [steps.remote(f"w{index}", 60, trace) for index in range(2)]
-    wait_until(lambda: len(trace.notes("batch")) > 40)
+    refs = [steps.remote(f"w{index}", 60, trace, 20) for index in range(2)]
+    wait_until(lambda: sum(note["batch"] == 20 for note in trace.notes("batch")) == 2, WAIT_S)
     assert node_of_manager() == nodes.head_id
     second = nodes.add()
     nodes.remove(first)
@@ -94,10 +96,10 @@ def test_a_manager_comes_back_elsewhere(nodes: Nodes, run: faultguard.Run, trace
     assert node_of_manager() == first.node_id
     second = nodes.add()
     ref = steps.remote("w", 100, trace)
-    wait_until(lambda: trace.notes("batch"))
+    wait_until(lambda: trace.notes("batch"), WAIT_S)
     nodes.remove(first)
     assert ray.get(ref, timeout=WAIT_S) == expected(100)
-    assert wait_until(manager_pid) != before
+    assert wait_until(manager_pid, WAIT_S) != before
     assert node_of_manager() == second.node_id
     nodes.remove(second)
 
@@ -106,7 +108,7 @@ def test_a_raylet_that_freezes_under_its_workers(nodes: Nodes, run: faultguard.R
     """They do not need it: they end as if nothing had happened."""
     node = nodes.add()
     ref = steps.remote("w", 60, trace)
-    wait_until(lambda: trace.notes("batch"))
+    wait_until(lambda: trace.notes("batch"), WAIT_S)
     with nodes.frozen(node):
         assert ray.get(ref, timeout=WAIT_S) == expected(60)
     assert {note["attempt"] for note in trace.notes("batch")} == {1}
