@@ -56,6 +56,7 @@ MAX_RESULT_BYTES = 1 << 20
 MAX_MESSAGE = 1000
 DEFAULT_KEEP = 3
 HOLDER_POLL_S = 0.2
+PROBES_PER_CLAIM = 2  # a probe of a node that does not answer is given up after `heartbeat_timeout`
 LONG_WAIT_S = 1.0  # shorter waits are not worth a call
 MANAGER_WAIT_S = 10.0
 FIRST_BEAT_WAIT_S = 2.0
@@ -109,19 +110,15 @@ class OpenWorker:
         self._identity = identity
         self._started = time.time()
         self._status = ""
+        self._announced = False
         self.mark_every_s = settings.heartbeat_interval
         self.held = Held(handle.task, handle.worker_id, handle.token)
         _held_here[journal.held.owner.writer] = self
-        self.guard.on_timed = self._watched
+        self.guard.on_timed = self._timed
         self.guard.on_change = self._remark
-        timed = self.guard.timeout_s is not None
-        if timed:
-            self._watched()
-        if timed and journal.held.failures:  # it may stand still, as a whole, at once: what it did before
-            _watcher.mark(self)
-            _beater.register(self, wait_s=FIRST_BEAT_WAIT_S)
-        else:
-            _beater.register(self)
+        _beater.register(self)
+        if self.guard.timeout_s is not None:
+            self._timed()
 
     @property
     def guard(self) -> StallGuard:
@@ -133,6 +130,15 @@ class OpenWorker:
             _watcher.watch(self)
             if self._status:  # closed meanwhile
                 _watcher.unwatch(self)
+
+    def _timed(self) -> None:
+        """A timeout is set: from now on the process may stand still as a whole, which only others can see, if they know of it."""
+        self._watched()
+        if not (self._announced or self._status or self.hosts_others()):
+            self._announced = True
+            with self.guard.paused():
+                _watcher.mark(self)
+                _beater.hurry(self, FIRST_BEAT_WAIT_S)
 
     def _remark(self) -> None:
         _watcher.remark(self)
@@ -223,7 +229,7 @@ class OpenWorker:
         handle, guard = self.handle, self.guard
         text = f"{self._stands_still(age_s)} (stall_timeout={timeout_s:g} s)"
         error = StalledError(text, worker_id=handle.worker_id, attempt=handle.attempt, batch=handle.current_batch)
-        seen = stacks(guard.thread)
+        seen = stacks(guard.thread, native=True)
         raised = guard.strike(key, error, seen)
         if raised or guard.look()[0] == key:
             what = "StalledError is raised there" if raised else "nothing is raised into the thread of an event loop"
@@ -237,7 +243,7 @@ class OpenWorker:
             text = f"{self._stands_still(age_s)}; this process is not ended, because it hosts other work."
             _events.emit_beside(logging.ERROR, "faultguard.stall_stays", text, **self.handle.fields())
             return
-        seen = guard.stacks or stacks(guard.thread)
+        seen = guard.stacks or stacks(guard.thread, native=True)
         text = f"{self._stands_still(age_s)} (stall_timeout={timeout_s:g} s) and does not react"
         if not guard.hold(key):
             return
@@ -439,17 +445,21 @@ def _claim(log: StoredLog, me: rules.Claimant, settings: Settings) -> rules.Gran
             dead = True
         if watched is None or watched[0] != head.number:
             watched = (head.number, now)
-        silent = dead is None and now - watched[1] >= settings.heartbeat_timeout and _is_silent(settings, me)
+        waited = dead is None and now - watched[1] >= settings.heartbeat_timeout
+        silent = _is_silent(settings, me) if waited else False
         if dead or silent:
             me = replace(me, gone=head.token, crashed=_death_of_holder(log))
-        elif now >= deadline + HOLDER_POLL_S:
+        elif now >= deadline + (HOLDER_POLL_S if silent is False else PROBES_PER_CLAIM * settings.heartbeat_timeout):
             raise _duplicate(me, head, settings)
         else:
             time.sleep(HOLDER_POLL_S)
 
 
-def _is_silent(settings: Settings, me: rules.Claimant) -> bool:
-    """Whether the manager has watched for long enough and heard nothing of the holder. Not to know is not silence."""
+def _is_silent(settings: Settings, me: rules.Claimant) -> bool | None:
+    """Whether the manager has watched for long enough and heard nothing of the holder; None: it has, and asks on its node if it lives.
+
+    Not to know is not silence.
+    """
     from faultguard._manager import find_or_make
 
     try:
@@ -457,8 +467,9 @@ def _is_silent(settings: Settings, me: rules.Claimant) -> bool:
     except (ManagerUnavailableError, *_ray.UNREACHABLE):
         return False
     age = heard["age_s"]
-    watched_s = heard["uptime_s"] if age is None else age
-    return bool(watched_s >= settings.heartbeat_timeout)
+    if age is None:
+        return bool(heard["uptime_s"] >= settings.heartbeat_timeout)
+    return (heard["doubted"] or None) if age >= settings.heartbeat_timeout else False
 
 
 def _duplicate(me: rules.Claimant, head: Record, settings: Settings) -> DuplicateWorkerError:
@@ -779,6 +790,8 @@ def failure_of(
 
 
 def _text(error: BaseException) -> str:
+    if type(error).__str__ is KeyError.__str__ and len(error.args) == 1:  # which shows its key in quotes of its own
+        error = Exception(*error.args)
     try:
         return str(error)
     except Exception as trouble:  # noqa: BLE001 - a user's __str__ may raise anything

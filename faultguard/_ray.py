@@ -26,6 +26,7 @@ __all__ = [
     "get_within",
     "identity",
     "is_actor_class",
+    "is_alive",
     "is_done",
     "is_driver",
     "is_options_wrapper",
@@ -218,6 +219,12 @@ def run_on_node(function: Callable[..., Any], node_id: str, *args: Any) -> Any:
     strategy = NodeAffinitySchedulingStrategy(node_id, soft=False)
     task: Any = ray.remote(num_cpus=0, max_retries=0)(function)
     return task.options(scheduling_strategy=strategy).remote(*args)
+
+
+def is_alive(node_id: str) -> bool:
+    """Whether Ray takes a node for alive."""
+    nodes: Any = ray.nodes  # type: ignore[attr-defined, unused-ignore] # Ray left it unannotated
+    return any(node["NodeID"] == node_id and node["Alive"] for node in nodes())
 
 
 def is_done(ref: Any) -> bool:

@@ -276,6 +276,8 @@ def _load_once(numbers: list[int]) -> Generator[Op, Any, Loaded | None]:  # noqa
         elif head is None:
             head = record
             if _is_fresh(head):
+                if damaged not in ([], [number + 1]):  # more than the first save: all that retention has kept
+                    break
                 return Loaded(head, None, 0, tuple(damaged), tuple(numbers))
             wanted = head.points_to or number
             if wanted not in numbers:
