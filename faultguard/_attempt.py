@@ -101,7 +101,7 @@ class OpenWorker:
         self._started = time.time()
         self._status = ""
         self.mark_every_s = settings.heartbeat_interval
-        self.held = Held(handle.task, handle.worker_id, handle.token)
+        self.held = Held(handle.task, handle.worker_id, handle.token, handle.run, handle.attempt)
         _held_here[journal.held.owner.writer] = self
         self.guard.on_timed = self._watched
         self.guard.on_change = self._remark

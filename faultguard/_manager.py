@@ -75,6 +75,7 @@ class RecoveryManagerActor:
         self._pauses = 0
         self._monitor: _Ticker | None = None
         self._prober = Prober(self._settings.heartbeat_timeout)
+        self._survey_due = True
         if name:
             period_s = min(self._settings.heartbeat_interval, JOB_CHECK_S)
             for worker_id, number in msgspec.msgpack.decode(_ray.kv_get(self._cancels_key) or msgspec.msgpack.encode([])):
@@ -290,6 +291,10 @@ class RecoveryManagerActor:
     def _watch(self, period_s: float) -> None:
         """One look of a shared manager."""
         self._live.drain(_ray.draining_nodes())
+        if self._survey_due and _ray.is_restarted():  # who stood still under the process before this one will not beat
+            self._prober.survey(self._settings.run)
+        self._survey_due = False
+        self._live.adopt(self._prober.surveyed(), time.monotonic(), time.time())
         for beat in self._live.check(time.monotonic(), period_s):
             _say_silent(beat)
         for said, verdict in self._prober.step(self._live.silent(), time.monotonic()):

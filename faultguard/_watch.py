@@ -50,6 +50,7 @@ class _Live:
     heard: float
     heard_at: float
     silent: bool = False
+    adopted: bool = False  # it never said so itself
 
     @property
     def final(self) -> bool:
@@ -96,6 +97,14 @@ class LiveView:
         if self._is_cancelled(said):
             return "cancelled"
         return "drained" if said["node_id"] in self._draining else "ok"
+
+    def adopt(self, held: Iterable[Mapping[str, Any]], now: float, wall: float) -> None:
+        """Take over those who may have stood still before this view began, as if they had beaten now: they cannot tell it."""
+        with self._lock:
+            for said in held:
+                key = said["task"], said["worker_id"]
+                if key not in self._workers or self._workers[key].said["token"] < said["token"]:
+                    self._workers[key] = _Live(said, self._clock.read(now), wall, adopted=True)
 
     def _is_cancelled(self, said: Mapping[str, Any]) -> bool:
         return bool(said["cancels"] < max(self._cancels.get(None, 0), self._cancels.get(said["worker_id"], 0)))
@@ -148,7 +157,7 @@ class LiveView:
     def workers(self, now: float) -> list[dict[str, Any]]:
         """Return the newest beat of each worker, with `last_heartbeat` (seconds since the epoch), `age_s`, `silent` and `final`."""
         with self._lock:
-            return [self._told(live, now) for live in self._workers.values()]
+            return [self._told(live, now) for live in self._workers.values() if not live.adopted]
 
     def quiet_s(self, now: float) -> float:
         """Seconds since anybody beat; infinity: nobody ever did."""

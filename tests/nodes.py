@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -74,6 +75,7 @@ def alive() -> set[str]:
 def some_nodes(**system_config: Any) -> Iterator[Nodes]:
     """A head alone, to which nodes can be added; the driver is connected to it."""
     with temporary_dir() as directory:
+        Path("/tmp/ray").mkdir(exist_ok=True)  # where `Cluster` notes its address, whatever `temp_dir` is
         head = {"num_cpus": 0, "include_dashboard": False, "temp_dir": directory, "_system_config": system_config}
         cluster: Any = Cluster(initialize_head=True, head_node_args=head)
         try:

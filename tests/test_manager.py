@@ -183,6 +183,21 @@ def test_beats_of_a_replaced_attempt_are_dropped() -> None:
     assert view.beat([beat(token=6)], 3.0, 3.0) == ["ok"]
 
 
+def test_who_cannot_beat_any_more_is_adopted() -> None:
+    """A view that begins anew counts the silence of those it was told of; it shows them when they speak, and believes no older tale."""
+    view = LiveView(10.0, 0.0)
+    view.check(0.0, 1.0)
+    view.beat([beat("w1", token=5)], 1.0, 1001.0)
+    view.adopt([beat("w0"), beat("w1", token=4)], 1.0, 1001.0)
+    assert [live["worker_id"] for live in view.workers(1.0)] == ["w1"]
+    assert watched(view, 1.0, 11.0) == []
+    assert view.beat([beat("w1", token=5)], 11.0, 1011.0) == ["ok"]
+    assert watched(view, 11.0, 15.0) == ["w0"]
+    assert [said["worker_id"] for said in view.silent()] == ["w0"]
+    assert view.beat([beat("w0")], 15.0, 1015.0) == ["ok"]
+    assert {live["worker_id"]: live["silent"] for live in view.workers(15.0)} == {"w0": False, "w1": False}
+
+
 def test_a_cancel_is_for_what_was_submitted_before_it() -> None:
     """Of one worker, or of all; each cancel of the driver has a number, and beats say how many there had been."""
     view = LiveView(10.0, 0.0)
