@@ -100,19 +100,15 @@ class OpenWorker:
         self._identity = identity
         self._started = time.time()
         self._status = ""
+        self._announced = False
         self.mark_every_s = settings.heartbeat_interval
         self.held = Held(handle.task, handle.worker_id, handle.token, handle.run, handle.attempt)
         _held_here[journal.held.owner.writer] = self
-        self.guard.on_timed = self._watched
+        self.guard.on_timed = self._timed
         self.guard.on_change = self._remark
-        timed = self.guard.timeout_s is not None
-        if timed:
-            self._watched()
-        if timed and journal.held.failures:  # it may stand still, as a whole, at once: what it did before
-            _watcher.mark(self)
-            _beater.register(self, wait_s=FIRST_BEAT_WAIT_S)
-        else:
-            _beater.register(self)
+        _beater.register(self)
+        if self.guard.timeout_s is not None:
+            self._timed()
 
     @property
     def guard(self) -> StallGuard:
@@ -124,6 +120,15 @@ class OpenWorker:
             _watcher.watch(self)
             if self._status:  # closed meanwhile
                 _watcher.unwatch(self)
+
+    def _timed(self) -> None:
+        """A timeout is set: from now on the process may stand still as a whole, which only others can see, if they know of it."""
+        self._watched()
+        if not (self._announced or self._status or self.hosts_others()):
+            self._announced = True
+            with self.guard.paused():
+                _watcher.mark(self)
+                _beater.hurry(self, FIRST_BEAT_WAIT_S)
 
     def _remark(self) -> None:
         _watcher.remark(self)
@@ -213,7 +218,7 @@ class OpenWorker:
         handle, guard = self.handle, self.guard
         text = f"{self._stands_still(age_s)} (stall_timeout={timeout_s:g} s)"
         error = StalledError(text, worker_id=handle.worker_id, attempt=handle.attempt, batch=handle.current_batch)
-        seen = stacks(guard.thread)
+        seen = stacks(guard.thread, native=True)
         raised = guard.strike(key, error, seen)
         if raised or guard.look()[0] == key:
             what = "StalledError is raised there" if raised else "nothing is raised into the thread of an event loop"
@@ -227,7 +232,7 @@ class OpenWorker:
             text = f"{self._stands_still(age_s)}; this process is not ended, because it hosts other work."
             _events.emit_beside(logging.ERROR, "faultguard.stall_stays", text, **self.handle.fields())
             return
-        seen = guard.stacks or stacks(guard.thread)
+        seen = guard.stacks or stacks(guard.thread, native=True)
         text = f"{self._stands_still(age_s)} (stall_timeout={timeout_s:g} s) and does not react"
         if not guard.hold(key):
             return
@@ -682,6 +687,8 @@ def failure_of(handle: Checkpoint, identity: _ray.Identity, cause: str, message:
 
 
 def _text(error: BaseException) -> str:
+    if type(error).__str__ is KeyError.__str__ and len(error.args) == 1:  # which shows its key in quotes of its own
+        error = Exception(*error.args)
     try:
         return str(error)
     except Exception as trouble:  # noqa: BLE001 - a user's __str__ may raise anything

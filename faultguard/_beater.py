@@ -24,7 +24,7 @@ from faultguard.errors import ManagerUnavailableError
 if TYPE_CHECKING:
     from faultguard._settings import Settings
 
-__all__ = ["Source", "cancelled_all", "register", "unregister"]
+__all__ = ["Source", "cancelled_all", "hurry", "register", "unregister"]
 
 FIRST_BEAT_S = 0.5  # shorter tasks cost no call, and make no actor
 REPLY_S = 0.5  # a reply is waited for on the spot; a later one is looked for every so often
@@ -65,13 +65,20 @@ class _Client:
     sent: threading.Event = field(default_factory=threading.Event)
 
 
-def register(source: Source, wait_s: float = 0.0) -> None:
-    """Let a worker beat from now on, for the first time in `FIRST_BEAT_S`; with `wait_s` at once, and wait so long for it."""
+def register(source: Source) -> None:
+    """Let a worker beat from now on, for the first time in `FIRST_BEAT_S`."""
     _hook()
-    client = _Client(source, time.monotonic() + (FIRST_BEAT_S if not wait_s else 0.0))
+    client = _Client(source, time.monotonic() + FIRST_BEAT_S)
     _clients[id(source)] = client
     _beater.add(client)
-    if wait_s and _ray.is_ready():
+
+
+def hurry(source: Source, wait_s: float) -> None:
+    """Let a worker that has not beaten yet do so now, and wait so long for it."""
+    client = _clients.get(id(source))
+    if client is not None and not client.sent.is_set() and _ray.is_ready():
+        client.first = time.monotonic()
+        _beater.wake()
         client.sent.wait(wait_s)
 
 

@@ -11,6 +11,7 @@ import ray
 import faultguard
 from tests.nodes import WORK, Nodes, some_nodes
 from tests.tasks import NOWAIT, Trace, expected, records, result, wait_until
+from tests.test_actors import KINDS, begun, make_holder, newest
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -113,6 +114,22 @@ def test_a_block_of_a_plain_task_saves_and_goes_on(nodes: Nodes, run: faultguard
     assert next(state for state in faultguard.workers() if state.worker_id == "block").status == "active"
     trace.note("go", "test")
     assert ray.get(ref, timeout=WAIT_S) > 100
+    nodes.remove(node)
+
+
+def test_actors_of_a_drained_node_save_and_go_on(nodes: Nodes, run: faultguard.Run, trace: Trace) -> None:
+    """Ray moves no actor that works; whatever its kind, what its methods have done is saved at once."""
+    node = nodes.add()
+    actors = {kind: make_holder(kind, resources={WORK: 0.1}) for kind in KINDS}
+    refs = [actor.hold.remote(kind, trace, 10**6) for kind, actor in actors.items()]
+    wait_until(lambda: all(begun(trace, kind) for kind in KINDS))
+    nodes.drain(node, DEADLINE_S)
+    for kind in KINDS:
+        record = wait_until(lambda kind=kind: (found := newest(run, kind)).ended is not None and found)
+        assert (record.ended.cause, record.ended.charged) == ("drained", False)
+        assert record.snapshot.batch >= 5
+    trace.note("go", "test")
+    assert ray.get(refs, timeout=WAIT_S) == [1, 1, 1]
     nodes.remove(node)
 
 

@@ -25,7 +25,7 @@ PURE = {
 CORE_KNOWS = {"faultguard._core", "faultguard.errors", "faultguard.policy"}
 LAYERS = [  # each may import those above it, and its own; `_session`, `_events`, `_ray`, `_process` are aside
     {"errors"},
-    {"policy", "_stops", "_failover"},
+    {"policy", "_stops", "_failover", "_native"},
     {"_core"},
     {"storage", "_codec"},
     {"_log", "_sidecar", "_journal", "_tracking", "_settings", "_watch", "_stall", "_handle", "_marks", "_probe", "_prober"},

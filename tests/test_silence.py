@@ -252,6 +252,14 @@ def test_hung_in_c_with_the_interpreter(kind: str, start_run: StartRun, trace: T
     wait_until(lambda: told(ray_cluster, f"'in_c_with_timeout/{kind}' attempt 1 stood still for longer than its stall_timeout"))
 
 
+def test_hung_in_c_with_the_interpreter_at_once(start_run: StartRun, trace: Trace) -> None:
+    """Also the very first batch of a run, before anybody has made a manager."""
+    start_run(heartbeat_interval=INTERVAL_S, heartbeat_timeout=TIMEOUT_S)
+    assert ray.get(in_c_with_timeout.remote("at once", "hang at once", 300, trace), timeout=WAIT_S) == expected(6)
+    assert trace.begins("at once") == [0]
+    assert attempts(trace) == {2}
+
+
 def test_a_manager_that_was_frozen_blames_nobody(start_run: StartRun, trace: Trace, ray_cluster: str) -> None:
     """For three times `heartbeat_timeout` it heard nothing, because it did not listen."""
     start_run(heartbeat_interval=INTERVAL_S, heartbeat_timeout=TIMEOUT_S)

@@ -52,7 +52,8 @@ class FailureRecord(msgspec.Struct, frozen=True, omit_defaults=True):
         pid: the process that failed.
         time: when it was recorded, seconds since the epoch.
         position: batches done per loop, outer to inner.
-        stacks: of a stall, the stack of every thread, at most 8192 characters. Only the newest failure keeps it.
+        stacks: of a stall, the stack of every thread, at most 8192 characters, and as many again of those with C frames, where py-spy
+            sees them. Only the newest failure keeps it.
     """
 
     cause: str
