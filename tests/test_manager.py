@@ -22,6 +22,7 @@ import ray
 
 import faultguard
 from faultguard import RecoveryManager, WorkerState, _manager, _watch
+from faultguard._core.pace import Pace
 from faultguard._core.records import Ended, Mark, Outcome, Owner, Record, Snapshot
 from faultguard._log import StoredLog
 from faultguard._manager import find, find_or_make, forget, manager_name
@@ -181,6 +182,33 @@ def test_beats_of_a_replaced_attempt_are_dropped() -> None:
     live = view.workers(2.0)[0]
     assert (live["current_batch"], live["last_heartbeat"]) == (7, 1.0)
     assert view.beat([beat(token=6)], 3.0, 3.0) == ["ok"]
+
+
+def test_who_was_told_to_beat_seldom_is_not_silent_in_between() -> None:
+    """The longer interval counts, as it is told now or as the worker goes by it still; without one, the timeout alone."""
+    view = LiveView(10.0, 0.0, 5.0)
+    view.check(0.0, 1.0)
+    view.beat([beat("w0", interval_s=5.0), beat("w1", interval_s=15.0)], 1.0, 1001.0)
+    view.interval_s = 20.0
+    view.beat([beat("w2", interval_s=5.0)], 1.0, 1001.0)
+    assert watched(view, 1.0, 13.0) == ["w0"]
+    assert watched(view, 13.0, 33.0) == ["w1"]
+    assert watched(view, 33.0, 43.0) == ["w2"]
+
+
+def test_a_manager_that_is_busy_stretches_the_interval() -> None:
+    """From what a call costs and how many processes call; never below what was asked for, never at one leap, and back again."""
+    pace = Pace(5.0, 0.0, 1.0)
+    pace.look(4.0, 5.0, calls=4000, senders=20_000)
+    assert pace.interval_s == 5.0, "too early to say"
+    pace.look(6.0, 7.0, calls=6000, senders=20_000)
+    assert pace.interval_s == 20.0, "it takes 80, in two steps"
+    pace.look(12.0, 13.0, calls=12_000, senders=20_000)
+    assert pace.interval_s == 80.0
+    pace.look(20.0, 14.0, calls=12_002, senders=20_000)
+    assert pace.interval_s == 80.0, "two calls say nothing"
+    pace.look(100.0, 14.1, calls=12_102, senders=2)
+    assert pace.interval_s == 5.0
 
 
 def test_who_cannot_beat_any_more_is_adopted() -> None:
