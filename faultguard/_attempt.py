@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import os
 import sys
@@ -28,7 +29,7 @@ from faultguard._core.records import Ended, FailureRecord, Outcome, Owner, Recor
 from faultguard._core.schedule import Every, Schedule
 from faultguard._core.silence import Held
 from faultguard._handle import Checkpoint
-from faultguard._journal import Journal, superseded
+from faultguard._journal import Journal, insist, superseded
 from faultguard._log import StoredLog
 from faultguard._process import ProcessId, is_dead, this_process
 from faultguard._session import TaskContext, entered, leave_all
@@ -37,6 +38,7 @@ from faultguard._stall import StallGuard, first_stack, stacks
 from faultguard._stops import CALLS, Cancelled, Drained, cancelled_here
 from faultguard.errors import (
     CheckpointNotSerializableError,
+    CheckpointStoreError,
     DuplicateWorkerError,
     ManagerUnavailableError,
     StalledError,
@@ -47,6 +49,8 @@ from faultguard.policy import Backoff, Matcher, verdict
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+
+    from faultguard.storage import Store
 
 __all__ = ["OpenWorker", "TaskOptions", "Work", "cause_of_leaving", "open_worker", "run_task"]
 
@@ -299,8 +303,9 @@ def open_worker(
     Raises:
         SupersededError: a later attempt of the same work has begun already.
         DuplicateWorkerError: another live task holds the worker.
+        CheckpointStoreError: there is no store here, or it has failed for too long.
     """
-    log = StoredLog(checked_store(settings), settings.log_prefix(options.name, worker_id))
+    log = StoredLog(_store(settings, identity, options.name, worker_id), settings.log_prefix(options.name, worker_id))
     process = this_process()
     owner = Owner(
         writer=uuid.uuid4().hex,
@@ -321,6 +326,29 @@ def open_worker(
     except BaseException as error:
         _give_back(log, owner, cause_of_leaving(error))
         raise
+
+
+def _store(settings: Settings, identity: _ray.Identity, task: str, worker_id: str) -> Store:
+    """The store of the run. An attempt that follows another one waits for it; a first one that finds none is told at once."""
+    if not identity.attempt:
+        return checked_store(settings)
+    return insist(lambda: checked_store(settings), settings.store_patience, _StoreTrouble(task, worker_id, settings.store_patience))
+
+
+class _StoreTrouble:
+    """Says once that a claim waits for the store."""
+
+    def __init__(self, task: str, worker_id: str, patience_s: float) -> None:
+        self._fields = {"task": task, "worker_id": worker_id}
+        self._text = f"'{task}/{worker_id}' cannot begin: {{}}. It tries again, and gives up after {patience_s:g} s."
+        self._told = False
+
+    def __call__(self, error: CheckpointStoreError) -> None:
+        if not self._told:
+            self._told = True
+            _events.emit(
+                logging.WARNING, "faultguard.store_failed", self._text.format(str(error).rstrip(".")), **self._fields, error=str(error)
+            )
 
 
 def _death_of_holder(log: StoredLog) -> tuple[str, str]:
@@ -354,10 +382,12 @@ def _open(
     if isinstance(granted, rules.Finished):
         return granted
     schedule = Schedule(options.every, time.monotonic())
-    journal = Journal(log, granted.held, schedule, options.keep)
+    journal = Journal(log, granted.held, schedule, options.keep, settings.store_patience)
     handle = _handle(settings, options, journal, schedule, granted.snapshot)
     if granted.damaged:
         _say_damaged(handle, granted.damaged)
+    if identity.attempt and granted.head is None:
+        _say_from_zero(handle)
     if granted.held.attempt > 1 and granted.held.failures:
         _say_resumed(handle, granted.held, me.max_failures, beside=True)
     return OpenWorker(settings, identity, journal, handle, leaves=leaves)
@@ -386,8 +416,9 @@ def _claim(log: StoredLog, me: rules.Claimant, settings: Settings) -> rules.Gran
     """Claim, waiting for a holder of another task until it is known dead."""
     deadline = time.monotonic() + settings.heartbeat_timeout
     watched: tuple[int, float] | None = None  # newest record of the holder, and since when it is the newest
+    trouble = _StoreTrouble(me.task, me.worker_id, settings.store_patience)
     while True:
-        answer = log.run(rules.claim(me, time.time()))
+        answer = insist(functools.partial(_claim_once, log, me), settings.store_patience, trouble)
         if isinstance(answer, (rules.Granted, rules.Finished)):
             return answer
         if isinstance(answer, rules.Refused):
@@ -402,7 +433,7 @@ def _claim(log: StoredLog, me: rules.Claimant, settings: Settings) -> rules.Gran
         if watched is None or watched[0] != head.number:
             watched = (head.number, now)
         silent = dead is None and now - watched[1] >= settings.heartbeat_timeout and _is_silent(settings, me)
-        if dead or silent:
+        if dead or silent or _has_given_up(settings, me, head):
             me = replace(me, gone=head.token, crashed=_death_of_holder(log))
         elif now >= deadline + HOLDER_POLL_S:
             raise _duplicate(me, head, settings)
@@ -410,17 +441,35 @@ def _claim(log: StoredLog, me: rules.Claimant, settings: Settings) -> rules.Gran
             time.sleep(HOLDER_POLL_S)
 
 
-def _is_silent(settings: Settings, me: rules.Claimant) -> bool:
-    """Whether the manager has watched for long enough and heard nothing of the holder. Not to know is not silence."""
+def _claim_once(log: StoredLog, me: rules.Claimant) -> rules.Granted | rules.Finished | rules.Blocked | rules.Refused:
+    return log.run(rules.claim(me, time.time()))
+
+
+def _has_given_up(settings: Settings, me: rules.Claimant, head: Record) -> bool:
+    """Whether the holder lives on without the worker: it said so with its final beat, and a store that was away has no note of it."""
+    heard = _last_beat(settings, me)
+    return heard is not None and heard["final_token"] == head.token
+
+
+def _last_beat(settings: Settings, me: rules.Claimant) -> dict[str, float | None] | None:
+    """What the manager has heard of the holder; None: it cannot be asked."""
     from faultguard._manager import find_or_make
 
     try:
-        heard = _ray.get_within(find_or_make(settings, wait_s=MANAGER_WAIT_S).last_beat.remote(me.task, me.worker_id), MANAGER_WAIT_S)
+        manager = find_or_make(settings, wait_s=MANAGER_WAIT_S)
+        heard: dict[str, float | None] = _ray.get_within(manager.last_beat.remote(me.task, me.worker_id), MANAGER_WAIT_S)
     except (ManagerUnavailableError, *_ray.UNREACHABLE):
+        return None
+    return heard
+
+
+def _is_silent(settings: Settings, me: rules.Claimant) -> bool:
+    """Whether the manager has watched for long enough and heard nothing of the holder. Not to know is not silence."""
+    heard = _last_beat(settings, me)
+    if heard is None:
         return False
-    age = heard["age_s"]
-    watched_s = heard["uptime_s"] if age is None else age
-    return bool(watched_s >= settings.heartbeat_timeout)
+    watched_s = heard["uptime_s"] if heard["age_s"] is None else heard["age_s"]
+    return watched_s is not None and watched_s >= settings.heartbeat_timeout
 
 
 def _duplicate(me: rules.Claimant, head: Record, settings: Settings) -> DuplicateWorkerError:
@@ -629,6 +678,9 @@ class _Task:
         if isinstance(error, SupersededError):
             self._open.close("recovered")
             raise error
+        if isinstance(error, CheckpointStoreError):  # nobody's failure: who starts it again, when the store is back, goes on
+            self._open.leave(Ended("store", charged=False))
+            raise error
         failure = self._failure(error)
         try:
             journal.end(Outcome("failed", message=failure.message), journal.newest, failure)
@@ -779,6 +831,14 @@ def _say_leaves(handle: Checkpoint, failure: FailureRecord) -> None:
         f"process goes on, because the arguments are too large, or hold references, to be kept for a retry in this one."
     )
     _events.emit(logging.WARNING, "faultguard.attempt_left", text, **handle.fields(), cause=failure.cause)
+
+
+def _say_from_zero(handle: Checkpoint) -> None:
+    text = (
+        f"'{handle.task}/{handle.worker_id}' finds nothing of the attempts before it: they died before they began, or its records were "
+        f"removed. It begins from zero."
+    )
+    _events.emit_beside(logging.WARNING, "faultguard.from_zero", text, **handle.fields())
 
 
 def _say_damaged(handle: Checkpoint, damaged: tuple[int, ...]) -> None:

@@ -237,7 +237,7 @@ class RecoveryManagerActor:
 
     @ray.method(concurrency_group="beats")
     async def last_beat(self, task: str, worker_id: str) -> dict[str, float | None]:
-        """Say for how many seconds a worker has been silent (None: never heard), and for how many this actor has listened."""
+        """Say for how many seconds a worker has been silent (None: never heard), this actor has listened, and which attempt was over."""
         return self._live.last_beat(task, worker_id, time.monotonic())
 
     @ray.method(concurrency_group="beats")

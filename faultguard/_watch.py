@@ -154,11 +154,18 @@ class LiveView:
                 live.heard, live.silent = self._clock.read(now), False
 
     def last_beat(self, task: str, worker_id: str, now: float) -> dict[str, float | None]:
-        """Say how long ago the worker beat, and for how long this view has listened. Seconds; age None: never heard."""
+        """Say how long ago the worker beat, and for how long this view has listened. Seconds; age None: never heard.
+
+        `final_token` is that of an attempt whose beat was its final one; None while it beats.
+        """
         with self._lock:
             live = self._workers.get((task, worker_id))
             awake = self._clock.read(now)
-            return {"age_s": awake - live.heard if live is not None else None, "uptime_s": awake - self._started}
+            return {
+                "age_s": awake - live.heard if live is not None else None,
+                "uptime_s": awake - self._started,
+                "final_token": live.said["token"] if live is not None and live.final else None,
+            }
 
     def workers(self, now: float) -> list[dict[str, Any]]:
         """Return the newest beat of each worker, with `last_heartbeat` (seconds since the epoch), `age_s`, `silent` and `final`."""

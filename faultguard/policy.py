@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-from faultguard.errors import CheckpointStoreError, FaultguardError, StalledError, UsageError
+from faultguard.errors import FaultguardError, StalledError, UsageError
 
 __all__ = ["Backoff", "Matcher", "check_matcher", "verdict"]
 
 Matcher = type[BaseException] | tuple[type[BaseException], ...] | Callable[[BaseException], "bool | timedelta"]
-_RETRIED_OF_OURS = (StalledError, CheckpointStoreError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,9 +71,10 @@ def _is_exception_type(kind: Any) -> bool:
 def verdict(error: Exception, retry_on: Matcher, give_up_on: Matcher) -> bool | timedelta:
     """Whether an exception is retried; a timedelta says after which wait.
 
-    Errors of ours are not: they would come again (usage, serialisation, input), or somebody else goes on (superseded).
+    Errors of ours are not: they would come again (usage, serialisation, input), somebody else goes on (superseded), or it was tried
+    for long enough (store). A stall is the one that is a failure of the work.
     """
-    if isinstance(error, FaultguardError) and not isinstance(error, _RETRIED_OF_OURS):
+    if isinstance(error, FaultguardError) and not isinstance(error, StalledError):
         return False
     if _matches(error, give_up_on):
         return False

@@ -31,9 +31,9 @@ class Nodes:
         self.address: str = cluster.address
         self.head_id: str = cluster.head_node.node_id
 
-    def add(self, cpus: int = 2) -> Any:
+    def add(self, cpus: int = 2, **resources: float) -> Any:
         """Start a worker node, and wait until Ray knows it."""
-        node = self._cluster.add_node(num_cpus=cpus, resources={WORK: cpus})
+        node = self._cluster.add_node(num_cpus=cpus, resources={WORK: cpus, **resources})
         wait_until(lambda: node.node_id in alive())
         return node
 
