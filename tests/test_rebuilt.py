@@ -10,11 +10,12 @@ import ray
 import faultguard
 from faultguard import _attempt
 from tests.nodes import WORK, Nodes, some_nodes
-from tests.tasks import Trace
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
+
+    from tests.tasks import Trace
 
 pytestmark = pytest.mark.ray
 WAIT_S = 90
