@@ -453,7 +453,7 @@ def run_task(settings: Settings, identity: _ray.Identity, options: TaskOptions, 
     try:
         opened = open_worker(settings, identity, options, worker_id, max_failures=max_failures, leaves=True, afresh=work.afresh)
         if isinstance(opened, rules.Finished):
-            if opened.record.owner.task_id != identity.task_id:
+            if (opened.record.owner.task_id, opened.record.owner.epoch) != (identity.task_id, settings.epoch):
                 _check_recorded(opened.record, settings, work)
             return _recorded(opened, settings, options, work, max_failures)
         return _Task(opened, settings, identity, options, work=work, max_failures=max_failures).run()
