@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import logging
 import socket
 import time
 import uuid
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from msgspec.structs import replace
 
+from faultguard import _events
 from faultguard._core import runs
 from faultguard._core.log import condense
 from faultguard._core.names import encode_name, record_name, record_number
@@ -18,7 +20,7 @@ from faultguard._log import StoredLog
 from faultguard._process import this_process
 from faultguard._settings import checked_store
 from faultguard._views import StoredWorker, stored_workers
-from faultguard.errors import RunInUseError
+from faultguard.errors import CheckpointStoreError, RunInUseError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -52,16 +54,11 @@ class NamedRun:
         self._submitted: set[tuple[str, str]] = set()
         self._recorded: dict[tuple[str, str], Outcome] = {}
         self._lease = Lease(log, entered.record, self._lose)
-        before = entered.before
-        if before is None or before.instance != entered.record.instance:
-            self.line = f"run {self._name} starts. Store {settings.checkpoint_dir}."
-            self._forget_old(before)
-        else:
-            known = stored_workers(self._store, self.settings.run_prefix, run=settings.run)
-            self._recorded = _at_hand(record for _, record in known)
-            self.line = f"run {self._name} goes on: {_opened(before, how)}. {_counts(known)} Store {settings.checkpoint_dir}."
-        if before is not None:
-            sweep(log, before.number)
+        try:
+            self.line = self._begin(entered.before, how)
+        except BaseException:
+            self.give_up()
+            raise
 
     @classmethod
     def enter(cls, settings: Settings, *, resume: runs.Resume, takeover: bool, say: Callable[[str], None]) -> NamedRun:
@@ -106,6 +103,19 @@ class NamedRun:
             how = how if how != REPLACED else "ended"
         raise _in_use(head)
 
+    def _begin(self, before: runs.RunRecord | None, how: str) -> str:
+        """Find out what there is. Returns the line to say."""
+        if before is None or before.instance != self.settings.instance:
+            line = f"run {self._name} starts. Store {self.settings.checkpoint_dir}."
+            self._forget_old(before)
+        else:
+            known = stored_workers(self._store, self.settings.run_prefix, run=self.settings.run)
+            self._recorded = _at_hand(record for _, record in known)
+            line = f"run {self._name} goes on: {_opened(before, how)}. {_counts(known)} Store {self.settings.checkpoint_dir}."
+        if before is not None:
+            sweep(self._log, before.number)
+        return line
+
     @property
     def _store(self) -> Store:
         return self._log.store
@@ -127,15 +137,32 @@ class NamedRun:
 
     # --- the end ---
 
+    def give_up(self) -> None:
+        """This driver could not begin: leave the run as it is to others, as far as the store allows it."""
+        try:
+            self._log.run(runs.leave(self._record, "left", time.time()))
+        except CheckpointStoreError as error:  # most likely what is raised already; others then find out that nothing lives here
+            _events.emit(logging.DEBUG, "faultguard.run_not_left", f"run {self._name} could not be left: {error}", run=self._record.run)
+        finally:
+            self._lease.end()
+
     def end(self, *, failed: bool) -> list[str]:
-        """Leave the run; close it if the driver ends normally and every worker completed. Returns the lines to say."""
+        """Leave the run; close it if the driver ends normally and every worker completed. Returns the lines to say.
+
+        Whatever the store says, this driver is one no more: its process may go on for days.
+        """
+        try:
+            return self._end(failed=failed)
+        finally:
+            self._lease.end()
+
+    def _end(self, *, failed: bool) -> list[str]:
         workers = stored_workers(self._store, self.settings.run_prefix, run=self.settings.run)
         completed = {(state.task, state.worker_id): record for state, record in workers if state.status == "completed"}
         open_ = [state for state, _ in workers if state.status != "completed"]
         missing = self._submitted - {(state.task, state.worker_id) for state, _ in workers}
         closes = bool(workers) and not failed and not open_ and not missing
         kept = self._log.run(runs.leave(self._record, "closed" if closes else "left", time.time()))
-        self._lease.end()
         if not kept:
             head = self._log.newest_run()
             by = f" by {_who(head)}" if head is not None else ""

@@ -30,6 +30,7 @@ __all__ = [
     "named_run",
     "set_driver_settings",
     "settings_to_submit",
+    "starting",
 ]
 
 
@@ -129,6 +130,11 @@ def driver_settings() -> Settings:
 def named_run() -> NamedRun | None:
     """The named run that this driver has; None in an unnamed one, and in tasks."""
     return _named
+
+
+def starting() -> threading.RLock:
+    """Held by the thread that starts a run: two of them would take a named one from each other."""
+    return _lock
 
 
 def set_driver_settings(settings: Settings | None, named: NamedRun | None = None) -> None:

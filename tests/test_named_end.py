@@ -9,9 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from faultguard import _lease
+from faultguard._core import runs
 from faultguard._log import StoredLog
 from faultguard._named import NamedRun
 from faultguard._settings import Settings
+from faultguard.errors import CheckpointStoreError
 from faultguard.storage import open_store, store_id
 from tests.test_outcomes import execute
 from tests.test_run_end import fail, sum_up
@@ -129,3 +132,50 @@ def test_a_driver_that_lost_its_run_closes_nothing(settings: Settings, named: Na
     assert log.newest_run() == before
     assert sorted(Path(settings.checkpoint_dir).rglob("nightly/0*/*/*/*.json")) == files
     assert other.end(failed=False)[0].startswith("run 'nightly' (#1) closed: 2 completed (2 from the record)")
+
+
+def alone(settings: Settings) -> bool:
+    """Whether the thread that says that a driver lives has nothing to do for this run any more."""
+    return not [lease for lease in _lease._lessor._clients if lease._log.store.url == settings.checkpoint_dir]
+
+
+def broken(*_: object, **__: object) -> Any:
+    """A store that cannot be listed, for a while."""
+    raise CheckpointStoreError("injected")
+
+
+def test_a_driver_that_cannot_begin_gives_the_run_up(settings: Settings, named: NamedRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Entered, and then the store fails: the next driver, wherever it is, need not wait for one that has told its user that it failed."""
+    named.end(failed=True)
+    with monkeypatch.context() as failing:
+        failing.setattr("faultguard._named.stored_workers", broken)
+        with pytest.raises(CheckpointStoreError, match="injected"):
+            enter(settings)
+    assert alone(settings)
+    head = StoredLog(open_store(settings.checkpoint_dir, create=False), "nightly/driver/").newest_run()
+    assert head is not None
+    assert (head.kind, head.instance) == ("left", 1)
+    again = enter(settings)
+    assert set(outcomes(again)) == {"a", "b"}
+    again.end(failed=True)
+
+
+def test_a_driver_whose_end_fails_lives_no_more(settings: Settings, named: NamedRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its process may go on for days: nobody is to take that for a driver of the run, which is open."""
+    with monkeypatch.context() as failing:
+        failing.setattr("faultguard._named.stored_workers", broken)
+        with pytest.raises(CheckpointStoreError, match="injected"):
+            named.end(failed=False)
+    assert alone(settings)
+    again = enter(settings)
+    assert again.settings.instance == 1
+    assert set(outcomes(again)) == {"a", "b"}
+    again.end(failed=True)
+
+
+def test_a_beat_after_the_end_takes_it_for_nobody_elses(settings: Settings, named: NamedRun, capfd: pytest.CaptureFixture[str]) -> None:
+    """Between the driver's last record and its last beat, that record is the newest: its own, so the run was not taken from it."""
+    assert named._log.run(runs.leave(named._record, "left", 2.0))
+    named._lease._beat()
+    assert named.taken is None
+    assert "taken over" not in capfd.readouterr().err
