@@ -15,6 +15,7 @@ from faultguard import _events
 from faultguard._core import runs
 from faultguard._core.log import condense
 from faultguard._core.names import encode_name, record_name, record_number
+from faultguard._core.records import decode_record
 from faultguard._lease import REPLACED, Lease, is_over, sweep
 from faultguard._log import StoredLog
 from faultguard._process import this_process
@@ -230,7 +231,7 @@ def _at_hand(heads: Iterable[Record]) -> dict[tuple[str, str], Outcome]:
 
 
 def _drop_checkpoints(store: Store, prefix: str) -> None:
-    """Of each completed worker only the end stays: outcome and failures, and what is needed to compute a result again."""
+    """Of each completed worker the end stays: outcome and failures, and what is needed to compute a result again; and what fences."""
     folders: dict[str, list[str]] = {}
     for key in store.list(prefix):
         folder, _, name = key.rpartition("/")
@@ -245,8 +246,16 @@ def _drop_checkpoints(store: Store, prefix: str) -> None:
         if snapshot is not None and head.outcome.recorded and len(bytes(snapshot.state)) + len(bytes(snapshot.tracked)) > CONDENSE_BYTES:
             last += int(log.run(condense(head, time.time())))
         for key in keys:
-            if key != log.prefix + record_name(last):
+            number = record_number(key.rpartition("/")[2]) or 0
+            if number != last and (number > head.token or not _fences(log, number)):
                 store.delete(key)
+
+
+def _fences(log: StoredLog, number: int) -> bool:
+    """Whether a record has the number that an older attempt would write next: it may wake up long after the run was closed."""
+    data = log.store.get(log.prefix + record_name(number))
+    record = decode_record(data, number) if data is not None else None
+    return record is None or (record.kind == "claim" and record.snapshot is None and bool(record.predecessor))
 
 
 # --- saying ---------------------------------------------------------------------------------------------------------
