@@ -203,17 +203,16 @@ class NamedRun:
         run = encode_name(self.settings.run)
         if before.kind == "closed":
             _drop_checkpoints(self._store, f"{run}/{before.instance:09d}/")
-        oldest = self.settings.instance - KEPT_INSTANCES
         instances: dict[int, list[int]] = {}
         for number in self._log.numbers():
             data = self._store.get(self._log.prefix + record_name(number))
             record = runs.decode_run_record(data, number) if data is not None else None
-            if record is not None and record.instance < oldest:
+            if record is not None and record.instance < self.settings.instance:
                 instances.setdefault(record.instance, []).append(number)
-        for instance, numbers in instances.items():
+        for instance in sorted(instances)[:-KEPT_INSTANCES]:  # counted: after damage their numbers have gaps
             for key in self._store.list(f"{run}/{instance:09d}/"):
                 self._store.delete(key)
-            for number in numbers:  # last: whoever is cut before comes back to it
+            for number in instances[instance]:  # last: whoever is cut before comes back to it
                 self._store.delete(self._log.prefix + record_name(number))
 
 

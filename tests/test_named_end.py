@@ -7,10 +7,14 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import pytest
 
 from faultguard import _lease
 from faultguard._core import runs
+from faultguard._core.log import Claimant, Granted, claim, save, superseded
+from faultguard._core.names import record_name
+from faultguard._core.records import Outcome, Owner, Record, Snapshot, decode_record
 from faultguard._log import StoredLog
 from faultguard._named import NamedRun
 from faultguard._settings import Settings
@@ -179,3 +183,59 @@ def test_a_beat_after_the_end_takes_it_for_nobody_elses(settings: Settings, name
     named._lease._beat()
     assert named.taken is None
     assert "taken over" not in capfd.readouterr().err
+
+
+def test_a_zombie_of_a_closed_run_is_told_nothing(settings: Settings) -> None:
+    """What fences it stays when the checkpoints go: it may wake up later than that, and is neither told "durable" nor completes."""
+    named = enter(settings)
+    log = StoredLog(open_store(settings.checkpoint_dir, create=False), f"{named.settings.log_prefix('sum_up', 'w')}")
+
+    def owner(attempt: int) -> Owner:
+        """Of one of Ray's attempts."""
+        return Owner(f"w{attempt}", task_id="t", ray_attempt=attempt, epoch=named.settings.epoch)
+
+    held = []
+    for attempt in range(4):
+        granted = log.run(claim(Claimant(owner(attempt), "sum_up", "w", 9, named_run=True), 0.0))
+        assert isinstance(granted, Granted)
+        for batch in range(attempt):
+            assert log.run(save(granted.held, Snapshot(msgspec.Raw(b"%d" % batch)), 0.0))
+        held.append(granted.held)
+    done = Outcome("completed", recorded=True, value=msgspec.Raw(b"3"))
+    assert log.run(save(held[-1], None, 0.0, outcome=done))
+    assert named.end(failed=False)[0].startswith("run 'nightly' (#1) closed: 1 completed")
+    assert {record.kind for record in kept(log)} == {"claim", "end"}
+    for zombie in held[:-1]:
+        assert log.run(superseded(zombie))
+        assert not log.run(save(zombie, Snapshot(msgspec.Raw(b"9")), 0.0)), "it is told that it is durable"
+        assert not log.run(save(zombie, None, 0.0, outcome=done)), "a second outcome"
+    again = enter(settings, resume="always")
+    assert outcomes(again) == {"w": b"3"}
+    again.end(failed=True)
+
+
+def kept(log: StoredLog) -> list[Record]:
+    """All intact records of a worker."""
+    found = [decode_record(log.store.get(log.prefix + record_name(number)) or b"", number) for number in log.numbers()]
+    return [record for record in found if record is not None]
+
+
+def test_ten_instances_stay_whatever_their_numbers(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After damage the next instance has a number far above: what is counted is instances."""
+    monkeypatch.setattr("faultguard._named.KEPT_INSTANCES", 3)
+    for _ in range(6):  # one instance, twelve records of the run's log
+        named = enter(settings)
+        execute(named.settings, sum_up, worker_id="w")
+        named.end(failed=True)
+    driver = Path(settings.checkpoint_dir) / "nightly" / "driver"
+    newest = max(driver.glob("*.json"))
+    newest.write_bytes(newest.read_bytes()[:-9])
+    numbers = [1]
+    for _ in range(5):
+        named = enter(settings, resume="never")
+        assert execute(named.settings, sum_up, worker_id="w") == 3
+        named.end(failed=False)
+        numbers.append(named.settings.instance)
+        left = {int(path.name) for path in driver.parent.iterdir() if path.name.isdigit()}
+        assert left == set(numbers[-4:]), "the newest, and three before it"
+    assert numbers[1] > 10
