@@ -49,7 +49,7 @@ from faultguard.policy import Backoff, Matcher, verdict
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-__all__ = ["OpenWorker", "TaskOptions", "Work", "cause_of_leaving", "check_arguments", "open_worker", "run_task"]
+__all__ = ["OpenWorker", "TaskOptions", "Work", "cause_of_leaving", "check_arguments", "open_worker", "run_task", "say_completed_already"]
 
 MAX_RESULT_BYTES = 1 << 20
 MAX_MESSAGE = 1000
@@ -466,12 +466,15 @@ def _check_recorded(record: Record, settings: Settings, work: Work) -> None:
     if record.outcome is not None:
         check_arguments(record.task, record.worker_id, record.outcome, work.arguments)
     if record.owner.epoch == settings.epoch:
-        text = (
-            f"'{record.task}/{record.worker_id}' was completed by this driver already: its recorded result is given, and nothing is run. "
-            f"Give new work an id of its own, or start it over with .options(resume='never')."
-        )
-        fields = {"run": settings.run, "task": record.task, "worker_id": record.worker_id, "attempt": record.attempt, "token": record.token}
-        _events.emit(logging.WARNING, "faultguard.completed_already", text, **fields)
+        then = "its recorded result is given, and nothing is run. Give new work an id of its own, or start it over with"
+        say_completed_already(record, settings, f"{then} .options(resume='never').")
+
+
+def say_completed_already(record: Record, settings: Settings, then: str) -> None:
+    """In a named run an id is one piece of work: whoever asks twice is told what comes of it."""
+    text = f"'{record.task}/{record.worker_id}' was completed by this driver already: {then}"
+    fields = {"run": settings.run, "task": record.task, "worker_id": record.worker_id, "attempt": record.attempt, "token": record.token}
+    _events.emit(logging.WARNING, "faultguard.completed_already", text, **fields)
 
 
 def check_arguments(task: str, worker_id: str, outcome: Outcome, arguments: Mapping[str, str]) -> None:

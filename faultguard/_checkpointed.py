@@ -232,6 +232,9 @@ class checkpointed:  # noqa: N801 - read as `with checkpointed(...)`
                     f"done. Give each block an id of its own; what you retry by yourself goes into the block"
                 )
                 raise UsageError(msg)
+            if settings.named and owner.epoch == settings.epoch and owner.task_id != identity.task_id:
+                then = "the loops of its block are done, and yield nothing. Give new work an id of its own."
+                _attempt.say_completed_already(record, settings, then)
             handle = Checkpoint.in_memory(
                 task=record.task,
                 worker_id=record.worker_id,

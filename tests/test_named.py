@@ -197,7 +197,7 @@ def test_a_recorded_result_takes_no_slot(start_run: StartRun, trace: Trace) -> N
     assert len(trace.notes("ran")) == 1
 
 
-def test_asked_for_twice_by_one_driver(start_run: StartRun, trace: Trace, caplog: pytest.LogCaptureFixture) -> None:
+def test_asked_for_twice_by_one_driver(start_run: StartRun, trace: Trace) -> None:
     """It gets the recorded outcome, and nothing runs: in a named run an id is one piece of work."""
     trace.note("mended", "w")
     with start_run(run=RUN):
@@ -312,6 +312,27 @@ def test_a_block_that_is_done(start_run: StartRun, trace: Trace) -> None:
     with start_run(run=RUN, resume="always"):
         assert get(block.remote("b", trace)) == 6
     assert batches(trace, "b") == [0, 1, 2, 3]
+
+
+def test_a_block_that_this_driver_has_done(start_run: StartRun, caplog: pytest.LogCaptureFixture) -> None:
+    """Its loops yield nothing, as in any task of the run: that is said, so that nobody takes it for work that was done."""
+
+    def seen() -> list[int]:
+        """The batches of a block of this driver."""
+        with faultguard.checkpointed("b", every=1) as ckpt:
+            return [batch for batch in ckpt.batches(range(3))]  # noqa: C416 - `list` would draw ahead
+
+    with start_run(run=RUN):
+        assert seen() == [0, 1, 2]
+        assert caplog.records == []
+        assert seen() == []
+        (warning,) = caplog.records
+        assert (
+            "'driver/b' was completed by this driver already: the loops of its block are done, and yield nothing. " in warning.getMessage()
+        )
+    with start_run(run=RUN, resume="always"):
+        assert seen() == []
+    assert len(caplog.records) == 1
 
 
 @faultguard.recoverable(every=1)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import pytest
 
-from faultguard import _lease
+from faultguard import _attempt, _lease, _ray
 from faultguard._core import runs
 from faultguard._core.log import Claimant, Granted, claim, save, superseded
 from faultguard._core.names import record_name
@@ -239,3 +239,25 @@ def test_ten_instances_stay_whatever_their_numbers(settings: Settings, monkeypat
         left = {int(path.name) for path in driver.parent.iterdir() if path.name.isdigit()}
         assert left == set(numbers[-4:]), "the newest, and three before it"
     assert numbers[1] > 10
+
+
+def test_asked_for_twice_by_one_driver(settings: Settings, named: NamedRun, caplog: pytest.LogCaptureFixture) -> None:
+    """Another task with the id of a worker that this driver completed gets the outcome, with a warning; a later driver's without."""
+    options = _attempt.TaskOptions(name="count")
+    work = _attempt.Work(lambda: pytest.fail("it runs"), repeatable=True)
+
+    def ask(settings: Settings, task_id: str, ray_attempt: int = 0) -> Any:
+        """As a task of Ray's."""
+        return _attempt.run_task(settings, _ray.Identity("01000000", "node", task_id, ray_attempt, "count", "count"), options, "a", work)
+
+    assert ask(named.settings, "task-1", ray_attempt=1) == 3
+    assert caplog.records == []
+    assert ask(named.settings, "task-2") == 3
+    (warning,) = caplog.records
+    assert warning.levelname == "WARNING"
+    assert "'count/a' was completed by this driver already: its recorded result is given, and nothing is run. " in warning.getMessage()
+    named.end(failed=True)
+    again = enter(settings)
+    assert ask(again.settings, "task-1") == 3, "in a new cluster it may have the same id"
+    assert len(caplog.records) == 1
+    again.end(failed=True)
