@@ -322,7 +322,7 @@ def open_worker(
         owner=owner, task=options.name, worker_id=worker_id, max_failures=max_failures, named_run=settings.named, afresh=afresh
     )
     try:
-        if identity.attempt:
+        if identity.attempt or settings.named:  # also after the holder of another driver, whom nobody waits for
             me = replace(me, crashed=_death_of_holder(log))
         return _open(log, me, settings, identity, options, leaves=leaves)
     except BaseException as error:

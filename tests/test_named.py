@@ -157,6 +157,30 @@ def test_a_run_is_open_until_everything_that_was_submitted_has_completed(start_r
     assert batches(trace, "w") == batches(trace, "late") == list(range(6))
 
 
+@ray.remote(max_retries=10)
+@faultguard.recoverable
+def below(worker_id: str, n: int) -> int:
+    """Decorated below `@ray.remote`."""
+    return n
+
+
+@pytest.mark.parametrize("how", ["above", "bound", "below", "below with a reference"])
+def test_however_it_was_submitted(start_run: StartRun, trace: Trace, how: str) -> None:
+    """What the driver has submitted by whatever way, and what has not begun yet, keeps the run open."""
+    impossible: Any = (below if how.startswith("below") else works).options(num_cpus=1000)
+    with start_run(run=RUN):
+        get(below.remote("w", 3))
+        if how == "bound":
+            with pytest.warns(Warning, match=r"DAGNode.execute"):
+                impossible.bind("late", 6, trace).execute()
+        elif how == "above":
+            impossible.remote("late", 6, trace)
+        else:
+            impossible.remote("late", ray.put(3) if how.endswith("reference") else 3)
+    with start_run(run=RUN) as run:
+        assert run.instance == 1
+
+
 def test_a_run_without_workers_is_not_used_up(start_run: StartRun) -> None:
     """It stays open, and the next driver has the same instance."""
     for _ in range(2):
@@ -268,6 +292,8 @@ def test_an_id_is_needed(start_run: StartRun) -> None:
         for task in (nameless, nameless_below):
             with pytest.raises(faultguard.UsageError, match=r"refused in the named run 'nightly' without a worker id"):
                 task.remote(3)
+        with pytest.raises(faultguard.UsageError, match=r"refused in the named run 'nightly' without a worker id"):
+            nameless_below.remote(ray.put(3))
         assert get(nameless.options(worker_id="n").remote(3)) == 3
 
 
@@ -347,15 +373,20 @@ def waits(worker_id: str, trace: Trace) -> int:
     return ckpt.current_batch
 
 
-def test_a_cancelled_worker_resumes(start_run: StartRun, trace: Trace) -> None:
-    """With the next driver, and that counts its own cancels, also within one process."""
+@pytest.mark.parametrize("force", [False, True])
+def test_a_cancelled_worker_resumes(start_run: StartRun, trace: Trace, force: bool) -> None:
+    """With the next driver, and that counts its own cancels, also within one process; a cancel is not charged, by force neither."""
     with start_run(run=RUN, heartbeat_interval=0.2) as run:
         ref = waits.remote("c", trace)
         wait_until(lambda: 2 in batches(trace, "c"))
-        faultguard.cancel()
-        with pytest.raises(ray.exceptions.TaskCancelledError):
+        if force:
+            wait_until(lambda: (snapshot := head(run, "waits", "c").snapshot) is not None and snapshot.batch == 2)
+            ray.cancel(ref, force=True)
+        else:
+            faultguard.cancel()
+        with pytest.raises((ray.exceptions.TaskCancelledError, ray.exceptions.WorkerCrashedError)):
             get(ref)
-        assert [state.status for state in faultguard.workers()] == ["cancelled"]
+        wait_until(lambda: [state.status for state in faultguard.workers()] == ["cancelled"])
     trace.note("go", "test")
     with start_run(run=RUN, heartbeat_interval=0.2):
         assert get(waits.remote("c", trace)) == 4
