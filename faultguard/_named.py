@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import logging
 import socket
+import threading
 import time
 import uuid
 from typing import TYPE_CHECKING
@@ -19,6 +20,7 @@ from faultguard._core.records import decode_record
 from faultguard._lease import REPLACED, Lease, is_over, sweep
 from faultguard._log import StoredLog
 from faultguard._process import this_process
+from faultguard._session import run_has_ended
 from faultguard._settings import checked_store
 from faultguard._views import StoredWorker, stored_workers
 from faultguard.errors import CheckpointStoreError, RunInUseError
@@ -52,6 +54,8 @@ class NamedRun:
         self._record = entered.record
         self.settings = replace(settings, instance=entered.record.instance, epoch=entered.record.number)
         self.taken: RunInUseError | None = None
+        self._lock = threading.Lock()
+        self._over = False
         self._submitted: set[tuple[str, str]] = set()
         self._recorded: dict[tuple[str, str], Outcome] = {}
         self._lease = Lease(log, entered.record, self._lose)
@@ -132,9 +136,16 @@ class NamedRun:
         return self._recorded.get((task, worker_id))
 
     def submits(self, task: str, worker_id: str) -> None:
-        """A worker is submitted to be run: until it has completed, the run is not over."""
-        self._submitted.add((task, worker_id))
-        self._recorded.pop((task, worker_id), None)
+        """A worker is submitted to be run: until it has completed, the run is not over.
+
+        Raises:
+            UsageError: the run is over.
+        """
+        with self._lock:
+            if self._over:
+                raise run_has_ended(self.settings.run)
+            self._submitted.add((task, worker_id))
+            self._recorded.pop((task, worker_id), None)
 
     # --- the end ---
 
@@ -158,6 +169,8 @@ class NamedRun:
             self._lease.end()
 
     def _end(self, *, failed: bool) -> list[str]:
+        with self._lock:
+            self._over = True  # nothing is submitted any more
         workers = stored_workers(self._store, self.settings.run_prefix, run=self.settings.run)
         completed = {(state.task, state.worker_id): record for state, record in workers if state.status == "completed"}
         open_ = [state for state, _ in workers if state.status != "completed"]

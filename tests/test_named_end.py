@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import pytest
 
-from faultguard import _attempt, _lease, _ray
+from faultguard import _attempt, _lease, _ray, _session
 from faultguard._core import runs
 from faultguard._core.log import Claimant, Granted, claim, save, superseded
 from faultguard._core.names import record_name
@@ -18,7 +18,7 @@ from faultguard._core.records import Outcome, Owner, Record, Snapshot, decode_re
 from faultguard._log import StoredLog
 from faultguard._named import NamedRun
 from faultguard._settings import Settings
-from faultguard.errors import CheckpointStoreError
+from faultguard.errors import CheckpointStoreError, UsageError
 from faultguard.storage import open_store, store_id
 from tests.test_outcomes import execute
 from tests.test_run_end import fail, sum_up
@@ -261,3 +261,21 @@ def test_asked_for_twice_by_one_driver(settings: Settings, named: NamedRun, capl
     assert ask(again.settings, "task-1") == 3, "in a new cluster it may have the same id"
     assert len(caplog.records) == 1
     again.end(failed=True)
+
+
+def test_what_is_submitted_while_the_run_ends_is_refused(settings: Settings, named: NamedRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would run in a run that may be closed, and nobody would wait for it; a thread that submits is told."""
+    monkeypatch.setattr(_ray, "is_driver", lambda: True)
+    monkeypatch.setattr(_session, "_named", named)
+    assert _session.named_run(named.settings) is named
+    assert _session.named_run(settings) is None, "of an unnamed run"
+    named.submits("count", "late")
+    assert named.end(failed=False)[0].startswith("run 'nightly' (#1) stays open")
+    with pytest.raises(UsageError, match="run 'nightly' has ended while work was submitted to it"):
+        named.submits("count", "too late")
+    for now in (None, enter(settings)):
+        monkeypatch.setattr(_session, "_named", now)
+        with pytest.raises(UsageError, match="run 'nightly' has ended while work was submitted to it"):
+            _session.named_run(named.settings)
+    assert now is not None
+    now.end(failed=True)
