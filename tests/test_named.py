@@ -181,6 +181,37 @@ def test_however_it_was_submitted(start_run: StartRun, trace: Trace, how: str) -
         assert run.instance == 1
 
 
+def test_the_environment_names_the_run(ray_cluster: str, tmp_path: Path, trace: Trace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing in the script says so: `FAULTGUARD_RUN`, and the other options of `init`."""
+    for name, value in (("RUN", RUN), ("CHECKPOINT_DIR", str(tmp_path / "c")), ("RESUME", "always")):
+        monkeypatch.setenv(f"FAULTGUARD_{name}", value)
+    trace.note("mended", "w")
+    for _ in range(2):
+        assert get(works.remote("w", 6, trace)) == expected(6)
+        faultguard.shutdown()
+    assert batches(trace, "w") == list(range(6))
+
+
+def test_what_resuming_saved(start_run: StartRun, trace: Trace, capfd: pytest.CaptureFixture[str]) -> None:
+    """Is said by the summary: the work behind what was on record."""
+    with start_run(run=RUN):
+        assert get(takes.remote("t", 1.2)) == 1
+    assert "Saved" not in capfd.readouterr().err
+    with start_run(run=RUN, resume="always"):
+        assert get(takes.remote("t", 1.2)) == 1
+    assert "1 completed (1 from the record), 0 failures survived. Saved 1 s of work." in capfd.readouterr().err
+
+
+@faultguard.recoverable(every=1)
+@ray.remote
+def takes(worker_id: str, seconds: float) -> int:
+    """A batch that takes its time."""
+    ckpt = faultguard.current()
+    for _ in ckpt.batches(range(1)):
+        time.sleep(seconds)
+    return ckpt.current_batch
+
+
 def test_a_run_without_workers_is_not_used_up(start_run: StartRun) -> None:
     """It stays open, and the next driver has the same instance."""
     for _ in range(2):
@@ -194,6 +225,54 @@ def two(worker_id: str, trace: Trace) -> tuple[int, str]:
     """Gives two objects."""
     trace.note("ran", worker_id)
     return 1, "b"
+
+
+@faultguard.recoverable
+@ray.remote
+def odd(worker_id: str, trace: Trace) -> type:
+    """Gives what cannot be recorded."""
+    for batch in faultguard.batches(range(2)):
+        trace.note("batch", worker_id, batch=batch)
+    trace.note("after", worker_id)
+    return Trace
+
+
+@pytest.mark.parametrize("worker_id", ["../../é/ x", "w" * 500, "%2E", "driver"])
+def test_any_id_is_found_again(start_run: StartRun, trace: Trace, worker_id: str) -> None:
+    """As the name of a folder it may look quite different."""
+    trace.note("mended", worker_id)
+    with start_run(run="a/b: ../é"):
+        assert get(works.remote(worker_id, 6, trace)) == expected(6)
+    with start_run(run="a/b: ../é", resume="always") as run:
+        assert run.instance == 1
+        assert get(works.remote(worker_id, 6, trace)) == expected(6)
+    assert batches(trace, worker_id) == list(range(6))
+
+
+def test_what_a_recorded_worker_gives(start_run: StartRun, trace: Trace) -> None:
+    """References as of a task: none, a list, and what cannot be cancelled any more; a wrong number is refused as by Ray."""
+    with start_run(run=RUN):
+        get(two.remote("t", trace))
+        get(odd.remote("o", trace))
+        with pytest.raises(ray.exceptions.TaskCancelledError):
+            get(cancels_itself(works.options(num_cpus=1000).remote("late", 6, trace)))
+    with start_run(run=RUN):
+        assert two.options(num_returns=0).remote("t", trace) is None
+        one = two.options(num_returns=1).remote("t", trace)
+        assert ray.cancel(one) is None
+        assert get(one) == (1, "b")
+        with pytest.raises(ValueError, match="returned 2 objects, but num_returns=3"):
+            get(two.options(num_returns=3).remote("t", trace))
+        assert get(odd.remote("o", trace)) is Trace
+    assert [note["worker"] for note in trace.notes("after")] == ["o", "o"]
+    assert len(trace.notes("ran")) == 1
+    assert batches(trace, "o") == [0, 1]
+
+
+def cancels_itself(ref: Any) -> Any:
+    """A reference that is cancelled."""
+    ray.cancel(ref)
+    return ref
 
 
 @ray.remote
