@@ -53,7 +53,7 @@ if TYPE_CHECKING:
 
     from faultguard.storage import Store
 
-__all__ = ["OpenWorker", "TaskOptions", "Work", "cause_of_leaving", "check_arguments", "open_worker", "run_task"]
+__all__ = ["OpenWorker", "TaskOptions", "Work", "cause_of_leaving", "check_arguments", "open_worker", "run_task", "say_completed_already"]
 
 MAX_RESULT_BYTES = 1 << 20
 MAX_MESSAGE = 1000
@@ -358,7 +358,7 @@ def open_worker(
         policy=Policy(options.reset_on_progress, options.on_poison == "skip"),
     )
     try:
-        if identity.attempt:
+        if identity.attempt or settings.named:  # also after the holder of another driver, whom nobody waits for
             me = replace(me, crashed=_death_of_holder(log))
         return _open(log, me, settings, identity, options, leaves=leaves)
     except BaseException as error:
@@ -541,7 +541,7 @@ def run_task(settings: Settings, identity: _ray.Identity, options: TaskOptions, 
     try:
         opened = open_worker(settings, identity, options, worker_id, max_failures=max_failures, leaves=True, afresh=work.afresh)
         if isinstance(opened, rules.Finished):
-            if opened.record.owner.task_id != identity.task_id:
+            if (opened.record.owner.task_id, opened.record.owner.epoch) != (identity.task_id, settings.epoch):
                 _check_recorded(opened.record, settings, work)
             return _recorded(opened, settings, options, work, max_failures)
         return _Task(opened, settings, identity, options, work=work, max_failures=max_failures).run()
@@ -554,12 +554,15 @@ def _check_recorded(record: Record, settings: Settings, work: Work) -> None:
     if record.outcome is not None:
         check_arguments(record.task, record.worker_id, record.outcome, work.arguments)
     if record.owner.epoch == settings.epoch:
-        text = (
-            f"'{record.task}/{record.worker_id}' was completed by this driver already: its recorded result is given, and nothing is run. "
-            f"Give new work an id of its own, or start it over with .options(resume='never')."
-        )
-        fields = {"run": settings.run, "task": record.task, "worker_id": record.worker_id, "attempt": record.attempt, "token": record.token}
-        _events.emit(logging.WARNING, "faultguard.completed_already", text, **fields)
+        then = "its recorded result is given, and nothing is run. Give new work an id of its own, or start it over with"
+        say_completed_already(record, settings, f"{then} .options(resume='never').")
+
+
+def say_completed_already(record: Record, settings: Settings, then: str) -> None:
+    """In a named run an id is one piece of work: whoever asks twice is told what comes of it."""
+    text = f"'{record.task}/{record.worker_id}' was completed by this driver already: {then}"
+    fields = {"run": settings.run, "task": record.task, "worker_id": record.worker_id, "attempt": record.attempt, "token": record.token}
+    _events.emit(logging.WARNING, "faultguard.completed_already", text, **fields)
 
 
 def check_arguments(task: str, worker_id: str, outcome: Outcome, arguments: Mapping[str, str]) -> None:
