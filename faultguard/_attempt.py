@@ -767,7 +767,7 @@ def cause_of_leaving(error: BaseException) -> str:
 def _say_resumed(handle: Checkpoint, held: rules.Held, max_failures: int, wait_s: float = 0.0, *, beside: bool = False) -> None:
     """One line per failure and resume, ids first: Ray folds lines that are alike."""
     failure = held.failures[-1]
-    of = "" if not 0 <= held.attempt - 1 <= max_failures else f" of {max_failures + 1}"  # some failures were given back
+    of = "" if max_failures < 0 else f" of {held.attempt + max_failures - held.charged}"
     where = _place(handle.position, handle.restored_total)
     ago = max(time.time() - failure.time, 0.0)
     there = "there" if failure.position == handle.position else f"at {_place(failure.position)}"

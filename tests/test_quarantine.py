@@ -11,6 +11,7 @@ import pytest
 
 from faultguard import Checkpoint, InputChangedError
 from faultguard._core.budget import Policy, batch_of
+from faultguard._core.records import Ended, FailureRecord, Spot
 from faultguard._core.schedule import Pinning, Schedule
 from faultguard.storage import open_store
 from tests.attempts import Died, InlineWriter, Worker, write_inline
@@ -427,6 +428,31 @@ def test_what_was_passed_over_does_not_hide_another_input(worker: Worker, there:
     attempt.ckpt.state["go"] = True
     with pytest.raises(InputChangedError) if there == "x" else contextlib.nullcontext():
         body(attempt.ckpt, f"a{there}cd")
+    attempt.die()
+
+
+@pytest.mark.parametrize("who", ["claim", "retry", "leave"])
+def test_whatever_dies_after_the_third_failure_the_batch_stays_quarantined(worker: Worker, who: str) -> None:
+    """The record that counts the failure quarantines, be it the claim after a crash; four more incarnations die at once, and carry it."""
+    attempt = worker.attempt()
+    place = (Spot("batches", 0, 3),)
+    for nth in range(3):
+        snapshot = attempt.ckpt._snapshot()[0]
+        if who == "claim":
+            attempt.journal.pin(snapshot, place)
+            attempt.die()
+        elif who == "retry":
+            attempt.journal.retry(FailureRecord("exception", 1, 3, place=place, pinned=True))
+            attempt.die()
+        else:
+            attempt.journal.leave(Ended("exception", charged=True), FailureRecord("exception", 1, 3, place=place, pinned=True))
+            attempt.die()
+        attempt = worker.attempt() if who != "retry" or nth == 2 else worker.retry(attempt)  # the claim of the third retry is not used
+    assert (newest(worker).quarantined, newest(worker).charged) == ((place,), int(who == "retry"))
+    for _ in range(4):
+        attempt.die()
+        attempt = worker.attempt()
+    assert (newest(worker).quarantined, newest(worker).charged) == ((place,), 4 + int(who == "retry"))
     attempt.die()
 
 

@@ -27,6 +27,7 @@ class Loop:
     """One open or finished loop. `done` counts finished batches, and is the index of the batch in hand."""
 
     __slots__ = (
+        "before",
         "current",
         "depth",
         "done",
@@ -43,9 +44,10 @@ class Loop:
         "total",
     )
 
-    def __init__(self, name: str, depth: int) -> None:
+    def __init__(self, name: str, depth: int, before: int) -> None:
         self.name = name
         self.depth = depth
+        self.before = before  # how many were opened before it in its scope
         self.done = 0
         self.finished = False
         self.in_hand = False  # a batch was given out and is not done
@@ -72,7 +74,9 @@ class Cursors:
     """
 
     def __init__(self, restored: Marks = ()) -> None:
-        self.scopes: list[list[Loop]] = [[_loop(mark, depth) for mark in scope] for depth, scope in enumerate(restored)]
+        self.scopes: list[list[Loop]] = [
+            [_loop(mark, depth, before) for before, mark in enumerate(scope)] for depth, scope in enumerate(restored)
+        ]
         self.stack: list[Loop] = []  # changed in place, and read by the loops themselves
 
     @property
@@ -123,7 +127,7 @@ class Cursors:
     @property
     def place(self) -> Place:
         """`position` with the names of the loops."""
-        return tuple(Spot(loop.name, self.scopes[loop.depth].index(loop), loop.done) for loop in self.path)
+        return tuple(Spot(loop.name, loop.before, loop.done) for loop in self.path)
 
     @property
     def begins(self) -> Place:
@@ -179,7 +183,7 @@ class Cursors:
             if len(scope) >= MAX_SIBLINGS:
                 msg = f"more than {MAX_SIBLINGS} loops in one scope; make one loop over all of it"
                 raise UsageError(msg)
-            loop = Loop(name, depth)
+            loop = Loop(name, depth, len(scope))
             scope.append(loop)
         elif loop.length is not None and length is not None and loop.length != length:
             raise input_changed(loop, f"it had {loop.length} batches and now has {length}")
@@ -229,7 +233,7 @@ class Cursors:
         self._close(other for other in scope if other.left)
         loop = next((known for known in scope if known.name == HAND_WRITTEN), None)
         if loop is None:
-            loop = Loop(HAND_WRITTEN, 0)
+            loop = Loop(HAND_WRITTEN, 0, len(scope))
             scope.append(loop)
         loop.opened = True
         return loop
@@ -276,7 +280,7 @@ def input_changed(loop: Loop, difference: str) -> InputChangedError:
     return InputChangedError(msg, loop=loop.name)
 
 
-def _loop(mark: Mark, depth: int) -> Loop:
-    loop = Loop(mark.name, depth)
+def _loop(mark: Mark, depth: int, before: int) -> Loop:
+    loop = Loop(mark.name, depth, before)
     loop.done, loop.finished, loop.length, loop.last = mark.done, mark.finished, mark.length, mark.last
     return loop
