@@ -264,7 +264,7 @@ class OpenWorker:
         """What is kept of an exception that came out of the body."""
         text = _text(error)
         message = f"{type(error).__name__}({text!r})" if text else type(error).__name__
-        pinned = self.handle.thrown_out and _is_of_the_batch(error)
+        pinned = _is_of_the_batch(error) and self.handle.is_to_blame(error)
         if isinstance(error, StalledError):
             return failure_of(self.handle, self._identity, "stall", message, self.guard.stacks, pinned=pinned)
         return failure_of(self.handle, self._identity, cause, message, pinned=pinned)

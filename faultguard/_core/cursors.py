@@ -36,11 +36,11 @@ class Loop:
         "last",
         "last_known",
         "left",
+        "left_at",
         "length",
         "name",
         "opened",
         "outside",
-        "raised",
         "total",
     )
 
@@ -58,7 +58,7 @@ class Loop:
         self.outside: tuple[int, str] | None = None  # of a batch in which a loop began: its index and fingerprint
         self.opened = False  # by this attempt; a mark of an earlier one waits until then
         self.left = False  # early, by this attempt
-        self.raised = False  # left by an exception
+        self.left_at: object = None  # by whoever uses it; this attempt
         self.total: int | None = None
 
     def mark(self) -> Mark:
@@ -135,10 +135,10 @@ class Cursors:
         return self.place if self.stack and self._is_whole(self.stack) else ()
 
     @property
-    def thrown_out(self) -> bool:
-        """Whether an exception came out of the batch at `place`, which could be passed over."""
+    def suspect(self) -> Loop | None:
+        """The loop whose batch at `place`, which could be passed over, was in hand when it was left."""
         path = self.path
-        return bool(path) and path[-1].raised and path[-1].in_hand and self._is_whole(path)
+        return path[-1] if path and path[-1].left and path[-1].in_hand and self._is_whole(path) else None
 
     def _is_whole(self, path: list[Loop]) -> bool:
         """Whether nothing inside of the batch in hand is counted: to pass over a batch that is would count a part of it."""
@@ -213,9 +213,9 @@ class Cursors:
         loop.in_hand = False
         self._pop(loop)
 
-    def leave(self, loop: Loop, *, raised: bool = False) -> None:
+    def leave(self, loop: Loop, at: object = None) -> None:
         """The loop was left early: by `break`, `return` or an exception. What follows decides whether its batch counts."""
-        loop.left, loop.raised = not loop.finished, raised
+        loop.left, loop.left_at = not loop.finished, at
         self._pop(loop)
 
     def close_left(self, depth: int = 0) -> bool:
