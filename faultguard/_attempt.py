@@ -278,10 +278,10 @@ class OpenWorker:
             _events.emit(logging.ERROR, "faultguard.leave_failed", text, **self.handle.fields())
         self.close("cancelled" if ended.cause == "cancelled" else "recovered")
 
-    def give_up(self, ended: Ended, failure: FailureRecord | None) -> None:
+    def give_up(self, ended: Ended, failure: FailureRecord | None, *, patient: bool = False) -> None:
         """Flush the newest snapshot with a note; and say what that quarantines."""
         before = self.journal.held.quarantined
-        self.journal.leave(ended, failure)
+        self.journal.leave(ended, failure, patient=patient)
         _say_quarantined(self.handle, self.journal.held, before)
 
     def close(self, status: str) -> None:
@@ -657,7 +657,7 @@ class _Task:
 
     def _leave_to_ray(self, failure: FailureRecord, why: str) -> NoReturn:
         """No further attempt in this process: let Ray start another one, and bring the arguments as first passed."""
-        self._open.give_up(Ended("exception", charged=True), failure)
+        self._open.give_up(Ended("exception", charged=True), failure, patient=True)
         self._open.close("recovered")
         _say_leaves(self._open.handle, failure, why)
         leave_process()

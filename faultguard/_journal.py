@@ -6,6 +6,7 @@ make a worker look dead.
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import threading
@@ -193,13 +194,14 @@ class Journal:
             self._last(self._insist(lambda: self.log.run(rules.retry_record(self.held, snapshot, failure, time.time()))))
         self.raise_if_superseded()
 
-    def leave(self, ended: Ended, failure: FailureRecord | None = None) -> None:
-        """Note in the log, with the newest snapshot, that the attempt leaves, and why."""
+    def leave(self, ended: Ended, failure: FailureRecord | None = None, *, patient: bool = False) -> None:
+        """Note in the log, with the newest snapshot, that the attempt leaves, and why. `patient`: its successor is to find the note."""
         with self._lock:
             if self._closed:  # cut between its last record and its end: there is nothing left to say
                 return
             snapshot = snapshot_to_flush(self._newest, self.held.durable)
-            self._last(self._save(snapshot, ended=ended, failure=failure))
+            write = functools.partial(self._save, snapshot, ended=ended, failure=failure)
+            self._last(self._insist(write) if patient else write())
         self.raise_if_superseded()
 
     def end(self, outcome: Outcome, snapshot: Snapshot | None, failure: FailureRecord | None = None) -> None:

@@ -16,7 +16,7 @@ from typing import IO, TYPE_CHECKING
 import pytest
 
 from faultguard import _journal, _sidecar
-from faultguard._core.records import Ended, FailureRecord, Outcome
+from faultguard._core.records import Ended, FailureRecord, Outcome, Spot
 from faultguard.errors import AmbiguousReplyError, CheckpointStoreError, SupersededError
 from faultguard.storage import Store, open_store
 from tests.attempts import Attempt, Worker, write_inline
@@ -228,8 +228,8 @@ def test_an_unanswered_save_is_no_successor(store: Store) -> None:
         attempt.ckpt.check()
 
 
-@pytest.mark.parametrize("kind", ["retry", "end"])
-def test_a_record_that_the_worker_needs_is_insisted_on(store: Store, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("kind", "record"), [("retry", "claim"), ("end", "end"), ("leave", "save"), ("pin", "save")])
+def test_a_record_that_the_worker_needs_is_insisted_on(store: Store, kind: str, record: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A store that fails for a moment, just when an attempt ends, does not cost the work of hours."""
     monkeypatch.setattr(_journal, "STORE_RETRY_S", 0.0)
     flaky = Flaky(store)
@@ -237,11 +237,14 @@ def test_a_record_that_the_worker_needs_is_insisted_on(store: Store, kind: str, 
     attempt = worker.attempt()
     advance(attempt, 2)
     flaky.errors = 5
-    if kind == "end":
-        attempt.complete()
-    else:
-        attempt.fail()
-    assert [record.kind for record in worker.records()] == ["claim", "save", "save", "end" if kind == "end" else "claim"]
+    writes: dict[str, Callable[[], object]] = {
+        "retry": attempt.fail,
+        "end": attempt.complete,
+        "leave": lambda: attempt.journal.leave(Ended("exception", charged=True), FailureRecord("exception", 1, 2), patient=True),
+        "pin": lambda: attempt.journal.pin(attempt.ckpt._snapshot()[0], (Spot("batches", 0, 2),)),
+    }
+    writes[kind]()
+    assert [found.kind for found in worker.records()] == ["claim", "save", "save", record]
     assert batch_of(worker) == 2
 
 
