@@ -329,6 +329,7 @@ def test_at_most_a_hundred_are_quarantined(settings: Settings) -> None:
     with pytest.raises(faultguard.MaxFailuresExceeded) as caught:
         execute(settings, count, on_poison="skip")
     assert caught.value.poison_batch == MAX_QUARANTINED
+    assert "max_failures=3 allows 4 attempts without progress or quarantine" in str(caught.value)
 
 
 def test_trouble_of_the_store_is_no_batchs_doing(settings: Settings) -> None:
