@@ -149,10 +149,9 @@ def block(worker_id: str, trace: Trace, poison: dict[int, str]) -> Any:
         return work(worker_id, trace, poison)
 
 
-@pytest.mark.parametrize("kind", ["exception", "SIGKILL"])
-def test_a_block_skips_when_its_caller_retries(run: faultguard.Run, trace: Trace, kind: str) -> None:
-    """The block has no budget, but it counts, so that three in a row are known as such."""
-    assert ray.get(block.remote("w", trace, {3: kind}), timeout=WAIT_S) == result({3})
+def test_a_block_skips_when_its_caller_retries(run: faultguard.Run, trace: Trace) -> None:
+    """The block has no budget, but it counts, so that three in a row are known as such; a crash among them does not interrupt."""
+    assert ray.get(block.remote("w", trace, {3: "both"}), timeout=WAIT_S) == result({3})
     assert newest(run, "block").charged == 0
 
 
@@ -181,7 +180,7 @@ def struggles(worker_id: str, trace: Trace, kinds: list[str]) -> Any:
     return ckpt.state["seen"]
 
 
-@pytest.mark.parametrize("kinds", [["exception"] * N, ["SIGKILL"] * 4, ["exception", "exit", "exit", "exception"]], ids=str)
+@pytest.mark.parametrize("kinds", [["exception"] * N, ["exception", "SIGKILL", "exit", "exception"]], ids=str)
 def test_failures_that_come_with_progress_start_the_count_anew(run: faultguard.Run, trace: Trace, kinds: list[str]) -> None:
     """More of them than `max_failures=1` are survived, whatever dies between."""
     assert ray.get(struggles.remote("w", trace, kinds), timeout=WAIT_S) == list(range(len(kinds)))
