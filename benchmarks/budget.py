@@ -80,7 +80,7 @@ class Item:
 
 
 BUDGET = (
-    Item("loop", "a batch of `batches(range(n))`, nothing due, over the bare loop, lock included", 0.3, "µs", "handle:loop", gates=True),
+    Item("loop", "a batch of `batches(range(n))`, nothing due, over the bare loop", 0.3, "µs", "handle:loop", gates=True),
     Item("snapshot", "snapshot of 20 int, 40 float, 20 str on the main thread, p50", 25, "µs", "handle:snapshot", gates=True),
     Item("durable", "`advance(wait=True)` over the same bytes durable by hand", 1.5, "x", "handle:durable", gates=True),
     Item("exception", "exception → first resumed batch, over one durable write of the record", 6, "x", "recovery:exception"),

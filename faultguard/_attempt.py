@@ -40,6 +40,7 @@ from faultguard.errors import (
     CheckpointStoreError,
     DuplicateWorkerError,
     ManagerUnavailableError,
+    RunMismatchError,
     StalledError,
     SupersededError,
     max_failures_exceeded,
@@ -49,12 +50,13 @@ from faultguard.policy import Backoff, Matcher, OnPoison, matches, verdict
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-__all__ = ["OpenWorker", "TaskOptions", "Work", "cause_of_leaving", "open_worker", "run_task"]
+__all__ = ["OpenWorker", "TaskOptions", "Work", "cause_of_leaving", "check_arguments", "open_worker", "run_task"]
 
 MAX_RESULT_BYTES = 1 << 20
 MAX_MESSAGE = 1000
 DEFAULT_KEEP = 3
 HOLDER_POLL_S = 0.2
+PROBES_PER_CLAIM = 2  # a probe of a node that does not answer is given up after `heartbeat_timeout`
 LONG_WAIT_S = 1.0  # shorter waits are not worth a call
 MANAGER_WAIT_S = 10.0
 FIRST_BEAT_WAIT_S = 2.0
@@ -85,10 +87,15 @@ class TaskOptions:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What a task is to do: `call` runs the function on fresh arguments; not `repeatable` where those cannot be had twice."""
+    """What a task is to do: `call` runs the function on fresh arguments; not `repeatable` where those cannot be had twice.
+
+    `arguments` are digests of the plain ones, for the record; `afresh` begins the worker anew.
+    """
 
     call: Callable[[], Any]
     repeatable: bool
+    arguments: dict[str, str] = field(default_factory=dict)
+    afresh: bool = False
 
 
 class OpenWorker:
@@ -103,19 +110,15 @@ class OpenWorker:
         self._identity = identity
         self._started = time.time()
         self._status = ""
+        self._announced = False
         self.mark_every_s = settings.heartbeat_interval
         self.held = Held(handle.task, handle.worker_id, handle.token)
         _held_here[journal.held.owner.writer] = self
-        self.guard.on_timed = self._watched
+        self.guard.on_timed = self._timed
         self.guard.on_change = self._remark
-        timed = self.guard.timeout_s is not None
-        if timed:
-            self._watched()
-        if timed and journal.held.failures:  # it may stand still, as a whole, at once: what it did before
-            _watcher.mark(self)
-            _beater.register(self, wait_s=FIRST_BEAT_WAIT_S)
-        else:
-            _beater.register(self)
+        _beater.register(self)
+        if self.guard.timeout_s is not None:
+            self._timed()
 
     @property
     def guard(self) -> StallGuard:
@@ -127,6 +130,15 @@ class OpenWorker:
             _watcher.watch(self)
             if self._status:  # closed meanwhile
                 _watcher.unwatch(self)
+
+    def _timed(self) -> None:
+        """A timeout is set: from now on the process may stand still as a whole, which only others can see, if they know of it."""
+        self._watched()
+        if not (self._announced or self._status or self.hosts_others()):
+            self._announced = True
+            with self.guard.paused():
+                _watcher.mark(self)
+                _beater.hurry(self, FIRST_BEAT_WAIT_S)
 
     def _remark(self) -> None:
         _watcher.remark(self)
@@ -217,7 +229,7 @@ class OpenWorker:
         handle, guard = self.handle, self.guard
         text = f"{self._stands_still(age_s)} (stall_timeout={timeout_s:g} s)"
         error = StalledError(text, worker_id=handle.worker_id, attempt=handle.attempt, batch=handle.current_batch)
-        seen = stacks(guard.thread)
+        seen = stacks(guard.thread, native=True)
         raised = guard.strike(key, error, seen)
         if raised or guard.look()[0] == key:
             what = "StalledError is raised there" if raised else "nothing is raised into the thread of an event loop"
@@ -231,7 +243,7 @@ class OpenWorker:
             text = f"{self._stands_still(age_s)}; this process is not ended, because it hosts other work."
             _events.emit_beside(logging.ERROR, "faultguard.stall_stays", text, **self.handle.fields())
             return
-        seen = guard.stacks or stacks(guard.thread)
+        seen = guard.stacks or stacks(guard.thread, native=True)
         text = f"{self._stands_still(age_s)} (stall_timeout={timeout_s:g} s) and does not react"
         if not guard.hold(key):
             return
@@ -308,8 +320,11 @@ def open_worker(
     max_failures: int,
     local_retry: int = 0,
     leaves: bool = False,
+    afresh: bool = False,
 ) -> OpenWorker | rules.Finished:
     """Claim a worker and restore what it saved. `leaves`: Ray runs its task again when it leaves a node that is drained.
+
+    `afresh`: what other tasks have done under this id does not count.
 
     Raises:
         SupersededError: a later attempt of the same work has begun already.
@@ -322,14 +337,22 @@ def open_worker(
         task_id=identity.task_id,
         ray_attempt=identity.attempt,
         local_retry=local_retry,
+        epoch=settings.epoch,
         node_id=identity.node_id,
         boot_id=process.boot_id,
         pid=process.pid,
         start_time=process.start_time,
         ray_worker=identity.ray_worker,
     )
-    policy = Policy(options.reset_on_progress, options.on_poison == "skip")
-    me = rules.Claimant(owner=owner, task=options.name, worker_id=worker_id, max_failures=max_failures, policy=policy)
+    me = rules.Claimant(
+        owner=owner,
+        task=options.name,
+        worker_id=worker_id,
+        max_failures=max_failures,
+        named_run=settings.named,
+        afresh=afresh,
+        policy=Policy(options.reset_on_progress, options.on_poison == "skip"),
+    )
     try:
         if identity.attempt:
             me = replace(me, crashed=_death_of_holder(log))
@@ -396,6 +419,8 @@ def _handle(settings: Settings, options: TaskOptions, journal: Journal, schedule
         failures=held.failures,
         quarantined=held.quarantined,
         state=options.state,
+        instance=settings.instance,
+        epoch=settings.epoch,
     )
     handle.guard.limit(options.stall_timeout_s)
     return handle
@@ -420,17 +445,21 @@ def _claim(log: StoredLog, me: rules.Claimant, settings: Settings) -> rules.Gran
             dead = True
         if watched is None or watched[0] != head.number:
             watched = (head.number, now)
-        silent = dead is None and now - watched[1] >= settings.heartbeat_timeout and _is_silent(settings, me)
+        waited = dead is None and now - watched[1] >= settings.heartbeat_timeout
+        silent = _is_silent(settings, me) if waited else False
         if dead or silent:
             me = replace(me, gone=head.token, crashed=_death_of_holder(log))
-        elif now >= deadline + HOLDER_POLL_S:
+        elif now >= deadline + (HOLDER_POLL_S if silent is False else PROBES_PER_CLAIM * settings.heartbeat_timeout):
             raise _duplicate(me, head, settings)
         else:
             time.sleep(HOLDER_POLL_S)
 
 
-def _is_silent(settings: Settings, me: rules.Claimant) -> bool:
-    """Whether the manager has watched for long enough and heard nothing of the holder. Not to know is not silence."""
+def _is_silent(settings: Settings, me: rules.Claimant) -> bool | None:
+    """Whether the manager has watched for long enough and heard nothing of the holder; None: it has, and asks on its node if it lives.
+
+    Not to know is not silence.
+    """
     from faultguard._manager import find_or_make
 
     try:
@@ -438,8 +467,9 @@ def _is_silent(settings: Settings, me: rules.Claimant) -> bool:
     except (ManagerUnavailableError, *_ray.UNREACHABLE):
         return False
     age = heard["age_s"]
-    watched_s = heard["uptime_s"] if age is None else age
-    return bool(watched_s >= settings.heartbeat_timeout)
+    if age is None:
+        return bool(heard["uptime_s"] >= settings.heartbeat_timeout)
+    return (heard["doubted"] or None) if age >= settings.heartbeat_timeout else False
 
 
 def _duplicate(me: rules.Claimant, head: Record, settings: Settings) -> DuplicateWorkerError:
@@ -461,12 +491,43 @@ def run_task(settings: Settings, identity: _ray.Identity, options: TaskOptions, 
     if settings.cancels < _beater.cancelled_all(settings):
         raise Cancelled(f"'{options.name}/{worker_id}' was cancelled by {CALLS} before it began")
     try:
-        opened = open_worker(settings, identity, options, worker_id, max_failures=max_failures, leaves=True)
+        opened = open_worker(settings, identity, options, worker_id, max_failures=max_failures, leaves=True, afresh=work.afresh)
         if isinstance(opened, rules.Finished):
+            if opened.record.owner.task_id != identity.task_id:
+                _check_recorded(opened.record, settings, work)
             return _recorded(opened, settings, options, work, max_failures)
         return _Task(opened, settings, identity, options, work=work, max_failures=max_failures).run()
     finally:
         leave_all()
+
+
+def _check_recorded(record: Record, settings: Settings, work: Work) -> None:
+    """The outcome of another task is given: it must be of the same arguments, and whoever asks twice is told."""
+    if record.outcome is not None:
+        check_arguments(record.task, record.worker_id, record.outcome, work.arguments)
+    if record.owner.epoch == settings.epoch:
+        text = (
+            f"'{record.task}/{record.worker_id}' was completed by this driver already: its recorded result is given, and nothing is run. "
+            f"Give new work an id of its own, or start it over with .options(resume='never')."
+        )
+        fields = {"run": settings.run, "task": record.task, "worker_id": record.worker_id, "attempt": record.attempt, "token": record.token}
+        _events.emit(logging.WARNING, "faultguard.completed_already", text, **fields)
+
+
+def check_arguments(task: str, worker_id: str, outcome: Outcome, arguments: Mapping[str, str]) -> None:
+    """Refuse an outcome that was made of other arguments.
+
+    Raises:
+        RunMismatchError: some of them, that can be compared, differ.
+    """
+    differ = sorted(name for name, digest in arguments.items() if outcome.arguments.get(name, digest) != digest)
+    if differ:
+        text = (
+            f"worker {worker_id!r} of task {task!r} is on record with other arguments: {', '.join(differ)} differ, so its result is "
+            f"not the one that is asked for. Give the new work an id of its own, or start it over with .options(resume='never'); "
+            f"init(check_args=False) takes the result as it is"
+        )
+        raise RunMismatchError(text, worker_id=worker_id, arguments=tuple(differ))
 
 
 def _recorded(finished: rules.Finished, settings: Settings, options: TaskOptions, work: Work, max_failures: int) -> Any:
@@ -483,6 +544,7 @@ def _recorded(finished: rules.Finished, settings: Settings, options: TaskOptions
         task=options.name,
         worker_id=record.worker_id,
         run=settings.run,
+        instance=settings.instance,
         snapshot=record.snapshot,
         state=options.state,
         quarantined=record.quarantined,
@@ -589,14 +651,14 @@ class _Task:
             why = str(error)
         else:
             if len(data) <= MAX_RESULT_BYTES:
-                return Outcome("completed", recorded=True, value=msgspec.Raw(data))
+                return Outcome("completed", recorded=True, value=msgspec.Raw(data), arguments=self._work.arguments)
             why = f"it takes {len(data)} bytes, the limit is {MAX_RESULT_BYTES}"
         text = (
             f"the return value of task {self._options.name!r} cannot be recorded ({why}). If it is asked for again, the function is "
             f"called again with its loops done. Return plain values, or write the result to a file and return its path."
         )
         _events.emit(logging.WARNING, "faultguard.result_not_recorded", text, **self._open.handle.fields())
-        return Outcome("completed")
+        return Outcome("completed", arguments=self._work.arguments)
 
     # --- failures ---
 
@@ -728,6 +790,8 @@ def failure_of(
 
 
 def _text(error: BaseException) -> str:
+    if type(error).__str__ is KeyError.__str__ and len(error.args) == 1:  # which shows its key in quotes of its own
+        error = Exception(*error.args)
     try:
         return str(error)
     except Exception as trouble:  # noqa: BLE001 - a user's __str__ may raise anything

@@ -24,7 +24,7 @@ from faultguard.errors import ManagerUnavailableError
 if TYPE_CHECKING:
     from faultguard._settings import Settings
 
-__all__ = ["Source", "cancelled_all", "register", "unregister"]
+__all__ = ["Source", "cancelled_all", "hurry", "register", "unregister"]
 
 FIRST_BEAT_S = 0.5  # shorter tasks cost no call, and make no actor
 REPLY_S = 0.5  # a reply is waited for on the spot; a later one is looked for every so often
@@ -65,13 +65,20 @@ class _Client:
     sent: threading.Event = field(default_factory=threading.Event)
 
 
-def register(source: Source, wait_s: float = 0.0) -> None:
-    """Let a worker beat from now on, for the first time in `FIRST_BEAT_S`; with `wait_s` at once, and wait so long for it."""
+def register(source: Source) -> None:
+    """Let a worker beat from now on, for the first time in `FIRST_BEAT_S`."""
     _hook()
-    client = _Client(source, time.monotonic() + (FIRST_BEAT_S if not wait_s else 0.0))
+    client = _Client(source, time.monotonic() + FIRST_BEAT_S)
     _clients[id(source)] = client
     _beater.add(client)
-    if wait_s and _ray.is_ready():
+
+
+def hurry(source: Source, wait_s: float) -> None:
+    """Let a worker that has not beaten yet do so now, and wait so long for it."""
+    client = _clients.get(id(source))
+    if client is not None and not client.sent.is_set() and _ray.is_ready():
+        client.first = time.monotonic()
+        _beater.wake()
         client.sent.wait(wait_s)
 
 
@@ -149,7 +156,7 @@ class _Line:
             self._drop(error)
         else:
             self._back()
-            _cancelled[self._settings.job_id, self._settings.run] = cancelled
+            _cancelled[self._settings.key] = cancelled
             for client, reply in zip(self._beaten, replies, strict=True):
                 _tell(client, reply)
         return True
@@ -199,7 +206,7 @@ def _tell(client: _Client, reply: str) -> None:
 
 def cancelled_all(settings: Settings) -> int:
     """The number of the last cancel of all workers of the run that this process has heard of; 0: of none."""
-    return _cancelled.get((settings.job_id, settings.run), 0)
+    return _cancelled.get(settings.key, 0)
 
 
 def _work(clients: list[_Client]) -> float:
@@ -209,10 +216,9 @@ def _work(clients: list[_Client]) -> float:
             return math.inf
         if not _ray.is_ready():
             return time.monotonic() + IDLE_S
-        runs: dict[tuple[str, str], list[_Client]] = {}
+        runs: dict[str, list[_Client]] = {}
         for client in clients:
-            settings = client.source.settings
-            runs.setdefault((settings.job_id, settings.run), []).append(client)
+            runs.setdefault(client.source.settings.key, []).append(client)
         for gone in _lines.keys() - runs.keys():
             del _lines[gone]
         due = math.inf
@@ -258,8 +264,8 @@ def _after_fork() -> None:
 
 
 _clients: dict[int, _Client] = {}
-_lines: dict[tuple[str, str], _Line] = {}
-_cancelled: dict[tuple[str, str], int] = {}
+_lines: dict[str, _Line] = {}
+_cancelled: dict[str, int] = {}
 _busy = threading.Lock()
 _exiting = threading.Event()
 _hooked = False

@@ -223,9 +223,10 @@ class checkpointed:  # noqa: N801 - read as `with checkpointed(...)`
         opened = _attempt.open_worker(
             settings, identity, options, worker_id, max_failures=-1, local_retry=local_retry, leaves=task is not None and task.decorated
         )
-        if isinstance(opened, Finished):  # this task has finished the block before it failed: its loops are done
+        if isinstance(opened, Finished):  # this task before it failed, or in a named run another one, has finished the block
             record = opened.record
-            if (record.owner.ray_attempt, record.owner.local_retry) == (identity.attempt, local_retry):
+            owner = record.owner
+            if (owner.task_id, owner.ray_attempt, owner.local_retry) == (identity.task_id, identity.attempt, local_retry):
                 msg = (
                     f"a second block checkpointed({worker_id!r}) is refused: this attempt has ended the first one, and its loops are "
                     f"done. Give each block an id of its own; what you retry by yourself goes into the block"
@@ -235,6 +236,7 @@ class checkpointed:  # noqa: N801 - read as `with checkpointed(...)`
                 task=record.task,
                 worker_id=record.worker_id,
                 run=settings.run,
+                instance=settings.instance,
                 snapshot=record.snapshot,
                 state=self._state,
                 quarantined=record.quarantined,

@@ -14,6 +14,7 @@ import msgspec
 from faultguard import _blame, _codec
 from faultguard._core.budget import batch_of, must_pin
 from faultguard._core.cursors import Cursors, Loop, input_changed
+from faultguard._core.names import MAX_RECORD_NUMBER
 from faultguard._core.records import HAND_WRITTEN, FailureRecord, Place, Snapshot, positions
 from faultguard._core.schedule import NOW, Every, Pinning, Schedule
 from faultguard._core.stall import check_timeout
@@ -32,6 +33,7 @@ __all__ = ["Checkpoint"]
 
 T = TypeVar("T")
 SLOW_SKIP_S = 10.0
+TOKENS_PER_EPOCH = MAX_RECORD_NUMBER + 1
 
 
 class Checkpoint:
@@ -46,7 +48,8 @@ class Checkpoint:
         state: what the loop carries, a dict. Saved at batch boundaries, restored before the body runs.
         failures: of this budget, oldest first, those included that were given back.
         quarantined: the batches that are passed over, oldest first, each as `position` was there: `((3,), (7,))`.
-        token: fencing token, grows with every attempt: for the external sink.
+        token: fencing token, an int below 2**63 that grows with every attempt, in a named run also from one driver, and one instance,
+            to the next: for the external sink.
     """
 
     def __init__(
@@ -64,18 +67,21 @@ class Checkpoint:
         failures: tuple[FailureRecord, ...] = (),
         quarantined: tuple[Place, ...] = (),
         state: Mapping[str, Any] | None = None,
+        instance: int = 0,
+        epoch: int = 0,
     ) -> None:
         """Made by `checkpointed` and by the decorator, not by users."""
         self.run = run
         self.task = task
         self.worker_id = worker_id
         self.attempt = attempt
-        self.token = token
+        self.token = token + epoch * TOKENS_PER_EPOCH
         self.failures = failures
         self.quarantined = positions(quarantined)
         self.resumed = snapshot is not None
         self.total_batches: int | None = None
-        self._life = life
+        self._claim = token
+        self._life = (instance, life) if instance else (life,)
         self._journal = journal
         self._schedule = schedule
         self._restored = snapshot
@@ -474,7 +480,7 @@ class Checkpoint:
             f"{encode_name(loop.name)}:{loop.done if is_open else 'over'}" if loop.name != HAND_WRITTEN else f":{loop.done}"
             for loop in self._cursors.here
         )
-        return f"{names}/{self._life}/{'/'.join(loops) or 'start'}" + (f"/{suffix}" if suffix is not None else "")
+        return f"{names}/{'/'.join(map(str, self._life))}/{'/'.join(loops) or 'start'}" + (f"/{suffix}" if suffix is not None else "")
 
     def check(self) -> None:
         """Raise if this attempt must stop.
@@ -504,6 +510,7 @@ class Checkpoint:
         state: Mapping[str, Any] | None = None,
         snapshot: Snapshot | None = None,
         quarantined: tuple[Place, ...] = (),
+        instance: int = 0,
     ) -> Checkpoint:
         """A handle that saves nothing: for a function that is called directly, and to compute a recorded result again."""
         return cls(
@@ -515,6 +522,7 @@ class Checkpoint:
             schedule=Schedule("auto", 0.0),
             quarantined=quarantined,
             state=state,
+            instance=instance,
         )
 
     def default_state(self, state: Mapping[str, Any]) -> None:
@@ -602,7 +610,7 @@ class Checkpoint:
             "task": self.task,
             "worker_id": self.worker_id,
             "attempt": self.attempt,
-            "token": self.token,
+            "token": self._claim,
             "batch": self.current_batch,
         }
 

@@ -227,8 +227,8 @@ class RecoveryManagerActor:
         await self._in_thread(_ray.kv_put, self._cancels_key, msgspec.msgpack.encode(list(cancels.items())))
 
     @ray.method(concurrency_group="beats")
-    async def last_beat(self, task: str, worker_id: str) -> dict[str, float | None]:
-        """Say for how many seconds a worker has been silent (None: never heard), and for how many this actor has listened."""
+    async def last_beat(self, task: str, worker_id: str) -> dict[str, float | bool | None]:
+        """Say for how many seconds a worker has been silent (None: never heard), whether a probe doubts it, how long this actor listens."""
         return self._live.last_beat(task, worker_id, time.monotonic())
 
     @ray.method(concurrency_group="beats")
@@ -292,10 +292,13 @@ class RecoveryManagerActor:
         self._live.drain(_ray.draining_nodes())
         for beat in self._live.check(time.monotonic(), period_s):
             _say_silent(beat)
-        for said, verdict in self._prober.step(self._live.silent(), time.monotonic()):
+        for said, verdict, is_new in self._prober.step(self._live.silent(), time.monotonic()):
             if verdict is Verdict.ALIVE:
                 self._live.found(said, time.monotonic())
-            _say_found(said, verdict)
+            elif verdict not in _THERE:
+                self._live.not_found(said)
+            if is_new:
+                _say_found(said, verdict)
         # A task of the dead driver may be an actor of the user that lives on, and works.
         if self._live.quiet_s(time.monotonic()) > 2 * self._settings.heartbeat_interval and _ray.job_is_over(self._settings.job_id):
             ray.kill(ray.get_actor(self._name, namespace=_ray.NAMESPACE), no_restart=True)
@@ -312,6 +315,7 @@ _FOUND = {
     None: "is on a node that does not answer; Ray decides about that",
 }
 _QUIET = {Verdict.ALIVE, Verdict.GONE}
+_THERE = {Verdict.BUSY, Verdict.TRACED}
 
 
 def _say_silent(beat: Mapping[str, Any]) -> None:
@@ -485,7 +489,7 @@ def manager_name(settings: Settings) -> str:
     >>> manager_name(Settings(run="r", checkpoint_dir="/c", store_id="1", job_id="01000000"))
     'faultguard-v1-01000000-r'
     """
-    return f"faultguard-v{PROTOCOL}-{settings.job_id}-{settings.run}"
+    return f"faultguard-v{PROTOCOL}-{settings.key}"
 
 
 def find_or_make(settings: Settings, wait_s: float = READY_S) -> ActorHandle[RecoveryManagerActor]:

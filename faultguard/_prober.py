@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from faultguard import _ray
 from faultguard._core.silence import Held, Verdict
@@ -16,9 +16,17 @@ if TYPE_CHECKING:
 
     from faultguard._core.silence import Look
 
-__all__ = ["Prober"]
+__all__ = ["Found", "Prober"]
 
 LOOKS_PER_TIMEOUT = 4
+
+
+class Found(NamedTuple):
+    """What came of a probe: of whose beat, what was seen (None: their node does not answer), and whether it was not so before."""
+
+    beat: Mapping[str, Any]
+    verdict: Verdict | None
+    is_new: bool = True
 
 
 @dataclass(slots=True)
@@ -37,6 +45,7 @@ class _Known:
 
     again_at: float = -math.inf
     stood: Look | None = None
+    seen: Verdict | None = None
     over: bool = False
 
 
@@ -52,7 +61,7 @@ class Prober:
         self._flights: dict[str, _Flight] = {}
         self._known: dict[Held, _Known] = {}
 
-    def step(self, silent: list[Mapping[str, Any]], now: float) -> list[tuple[Mapping[str, Any], Verdict | None]]:
+    def step(self, silent: list[Mapping[str, Any]], now: float) -> list[Found]:
         """Start the probes that are due, and take what the others say.
 
         Args:
@@ -60,7 +69,7 @@ class Prober:
             now: monotonic seconds.
 
         Returns:
-            Beats of workers with what was found; None: their node does not answer.
+            What was found since the last step.
         """
         found = [answer for node_id in list(self._flights) for answer in self._land(node_id, now)]
         self._known = {held: self._known.get(held, _Known()) for held in map(_held, silent)}
@@ -74,24 +83,25 @@ class Prober:
             self._flights[node_id] = _Flight(_ray.run_on_node(probe, node_id, asked, self._timeout_s), beats, now + self._timeout_s)
         return found
 
-    def _land(self, node_id: str, now: float) -> list[tuple[Mapping[str, Any], Verdict | None]]:
+    def _land(self, node_id: str, now: float) -> list[Found]:
         flight = self._flights[node_id]
         answers: list[Answer] | None = _ray.result_or_none(flight.ref)
         if answers is None and not _ray.is_done(flight.ref):
             if now < flight.until or flight.told:
                 return []
             flight.told = True  # it stays on its way: the node may come back
-            return [(beat, None) for beat in flight.beats]
+            return [Found(beat, None) for beat in flight.beats]
         del self._flights[node_id]
-        if answers is None:  # the node is gone: Ray runs the task elsewhere
-            return [(beat, self._note(beat, Answer(Verdict.GONE), now)) for beat in flight.beats]
-        return [(beat, self._note(beat, answer, now)) for beat, answer in zip(flight.beats, answers, strict=True)]
+        if answers is None:  # with the node Ray runs its tasks elsewhere; a probe that was killed says nothing
+            answers = [Answer(Verdict.UNKNOWN if _ray.is_alive(node_id) else Verdict.GONE)] * len(flight.beats)
+        return [self._note(beat, answer, now) for beat, answer in zip(flight.beats, answers, strict=True)]
 
-    def _note(self, beat: Mapping[str, Any], answer: Answer, now: float) -> Verdict:
+    def _note(self, beat: Mapping[str, Any], answer: Answer, now: float) -> Found:
         known = self._known.setdefault(_held(beat), _Known())
-        known.again_at, known.stood = now + self._timeout_s / LOOKS_PER_TIMEOUT, answer.stood
+        found = Found(beat, answer.verdict, answer.verdict is not known.seen)
+        known.again_at, known.stood, known.seen = now + self._timeout_s / LOOKS_PER_TIMEOUT, answer.stood, answer.verdict
         known.over = answer.verdict.kills or answer.verdict is Verdict.GONE
-        return answer.verdict
+        return found
 
 
 def _held(beat: Mapping[str, Any]) -> Held:

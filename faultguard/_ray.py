@@ -26,6 +26,7 @@ __all__ = [
     "get_within",
     "identity",
     "is_actor_class",
+    "is_alive",
     "is_done",
     "is_driver",
     "is_options_wrapper",
@@ -36,6 +37,7 @@ __all__ = [
     "kv_get",
     "kv_put",
     "options_at_submission",
+    "ready_refs",
     "refuse_client_mode",
     "result_or_none",
     "run_on_node",
@@ -219,6 +221,12 @@ def run_on_node(function: Callable[..., Any], node_id: str, *args: Any) -> Any:
     return task.options(scheduling_strategy=strategy).remote(*args)
 
 
+def is_alive(node_id: str) -> bool:
+    """Whether Ray takes a node for alive."""
+    nodes: Any = ray.nodes  # type: ignore[attr-defined, unused-ignore] # Ray left it unannotated
+    return any(node["NodeID"] == node_id and node["Alive"] for node in nodes())
+
+
 def is_done(ref: Any) -> bool:
     """Whether a task has ended, however."""
     return bool(ray.wait([ref], timeout=0)[0])
@@ -232,6 +240,22 @@ def result_or_none(ref: Any) -> Any:
         return ray.get(ref)
     except ray.exceptions.RayError:
         return None
+
+
+def ready_refs(value: Any, returns: Any) -> tuple[Any] | None:
+    """What `.remote()` gives for a value that is known already, in a tuple; None where Ray has to say what is wrong with `num_returns`.
+
+    Args:
+        value: of the task.
+        returns: its `num_returns`.
+    """
+    if returns == 1 or returns is None:
+        return (ray.put(value),)
+    if returns == 0:
+        return (None,)
+    if isinstance(returns, int) and isinstance(value, (tuple, list)) and len(value) == returns:
+        return ([ray.put(item) for item in value],)
+    return None
 
 
 def refuse_client_mode() -> None:

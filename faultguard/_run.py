@@ -1,10 +1,10 @@
-"""The run of a driver: it starts, says so, and at the normal end keeps the records and drops the checkpoints."""
+"""The run of a driver: it starts, says so, and at its normal end keeps the records and drops the checkpoints."""
 
 from __future__ import annotations
 
 import atexit
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
@@ -36,12 +36,13 @@ class Run:
 
     Attributes:
         name: of the run.
+        instance: of a named run, counted from 1; 0: it has no name of its own.
         checkpoint_dir: where its checkpoints are, absolute.
     """
 
     def __init__(self, settings: Settings) -> None:
-        self._settings = settings
         self.name = settings.run
+        self.instance = settings.instance
         self.checkpoint_dir = settings.checkpoint_dir
 
     def __enter__(self) -> Self:
@@ -57,8 +58,8 @@ def init(
     run: str | None = None,
     checkpoint_dir: str | os.PathLike[str] | None = None,
     *,
-    resume: str = "auto",
-    takeover: bool = False,
+    resume: Literal["auto", "never", "always"] | None = None,
+    takeover: bool | None = None,
     max_failures: int | None = None,
     heartbeat_interval: float | None = None,
     heartbeat_timeout: float | None = None,
@@ -70,24 +71,33 @@ def init(
     Does not start Ray. The store is tested before it returns. Every option can come from the environment instead
     (`FAULTGUARD_CHECKPOINT_DIR`, `FAULTGUARD_MAX_FAILURES`, ...).
 
+    A run with a name survives its driver. It is open until a driver ends normally with all of its workers completed; until then a
+    driver that starts it again goes on with it: what has completed is not run, what has not resumes, budgets go on counting. Every
+    worker of it needs an id: a parameter `worker_id`, or `.options(worker_id=...)`.
+
     Args:
-        run: name of a durable run. Not yet.
+        run: its name, any text of up to 512 bytes. Default: none; the run ends with this driver.
         checkpoint_dir: a directory that all nodes share; default `./checkpoints`, made absolute here.
-        resume: for named runs. Not yet.
-        takeover: for named runs. Not yet.
+        resume: whether to go on: "auto" (the default) with an open run, while a closed name starts anew; "always" also with a closed
+            one, whose results are given again; "never" begins anew in any case.
+        takeover: take the run from another driver that lives. What that then still writes does not count.
         max_failures: default of the decorator; failures that a worker survives, -1 for any number.
         heartbeat_interval: seconds between two signs of life of a worker process.
         heartbeat_timeout: seconds of silence after which a worker is called silent.
-        check_args: for named runs. Not yet.
+        check_args: in a named run, refuse a worker that is on record with other plain arguments.
         progress: show the bar of `get`.
 
     Raises:
         UsageError: an option cannot work, or a run of this driver is going on.
+        RunInUseError: another driver that lives has the run; `host`, `pid` and `since` say which. Until that is known it waits, at most
+            `heartbeat_timeout`.
         CheckpointStoreError: the store cannot be written.
+        CheckpointCorruptError: the newest record of the run is damaged.
+
+    Example:
+        >>> with faultguard.init(run="nightly", checkpoint_dir="/shared/checkpoints"):  # doctest: +SKIP
+        ...     rows = faultguard.get([embed.options(worker_id=s.name).remote(s.keys) for s in shards])
     """
-    if run is not None or resume != "auto" or takeover:
-        msg = "init(run=..., resume=..., takeover=...) is refused: named runs do not exist yet; leave them out"
-        raise UsageError(msg)
     if not _ray.is_ready():
         msg = "faultguard.init() needs Ray: call ray.init() first"
         raise UsageError(msg)
@@ -99,41 +109,69 @@ def init(
             "faultguard.init() is refused: this driver has a run already; call faultguard.shutdown() first, or init() before the first task"
         )
         raise UsageError(msg)
-    settings = _settings.new_settings(
-        checkpoint_dir,
-        max_failures=max_failures,
-        heartbeat_interval=heartbeat_interval,
-        heartbeat_timeout=heartbeat_timeout,
-        check_args=check_args,
-        progress=progress,
+    return Run(
+        start_run(
+            run,
+            checkpoint_dir,
+            resume=resume,
+            takeover=takeover,
+            max_failures=max_failures,
+            heartbeat_interval=heartbeat_interval,
+            heartbeat_timeout=heartbeat_timeout,
+            check_args=check_args,
+            progress=progress,
+        )
     )
-    start_run(settings)
-    return Run(settings)
 
 
-def start_run(settings: Settings) -> Settings:
-    """Let this driver and its tasks use the settings, and say so. Returns them."""
+def start_run(
+    run: str | None = None,
+    checkpoint_dir: str | os.PathLike[str] | None = None,
+    *,
+    resume: str | None = None,
+    takeover: bool | None = None,
+    **options: Any,
+) -> Settings:
+    """Let this driver and its tasks have a run, and say so. Returns its settings."""
     global _hooked  # noqa: PLW0603 - one hook per process
     _ray.refuse_client_mode()
-    _session.set_driver_settings(settings)
-    _settings.publish(settings)
+    name, how, take = (_settings.option(key, given) for key, given in (("run", run), ("resume", resume), ("takeover", takeover)))
+    if name is None and (how != "auto" or take):
+        raise UsageError(f"init(resume={how!r}, takeover={take}) is refused without a run: only one with a name outlives its driver")
+    settings = _settings.new_settings(checkpoint_dir, run=name, **options)
+    named, line = None, f"run {settings.run!r} starts. Store {settings.checkpoint_dir}."
+    if name is not None:
+        from faultguard._named import NamedRun
+
+        named = NamedRun.enter(settings, resume=how, takeover=take, say=say)
+        settings, line = named.settings, named.line
+    _session.set_driver_settings(settings, named)
     if not _hooked:
         _hooked = True
         atexit.register(_at_exit)
-    say(f"run {settings.run!r} starts. Store {settings.checkpoint_dir}.")
+    _settings.publish(settings)
+    say(line)
     return settings
 
 
 def shutdown(*, _failed: bool = False) -> None:
     """End the run of this driver: print what happened, drop the checkpoints of what completed, keep the records.
 
-    What failed, and what did not end, stays; its path is printed. Without a run it does nothing.
+    What failed, and what did not end, stays; its path is printed. A named run is closed if all of its workers have completed, else it
+    stays open, and keeps all. Without a run it does nothing.
     """
     from faultguard._manager import end
 
-    settings = _session.take_driver_settings()
-    if settings is not None:
-        end_run(settings, failed=_failed)
+    settings, named = _session.take_driver_settings()
+    if settings is None:
+        return
+    try:
+        if named is None:
+            end_run(settings, failed=_failed)
+        else:
+            for line in named.end(failed=_failed):
+                say(line)
+    finally:
         end(settings)
 
 

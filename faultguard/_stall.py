@@ -17,6 +17,7 @@ import traceback
 from typing import TYPE_CHECKING, Any
 
 from faultguard._core.schedule import NOW
+from faultguard._native import native_stacks
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Section", "StallGuard", "first_stack", "stacks"]
 
-MAX_STACKS = 8192  # characters, for a record
+MAX_STACKS = 8192  # characters, for a record; as many again for those with C frames
 
 
 class StallGuard:
@@ -229,12 +230,12 @@ class StallGuard:
 
     def open(self, section: Section) -> None:
         """A section begins in this thread."""
+        if section.timeout_s is not None:
+            self._watch()
         with self._lock:
             self._raise_stalled()
             self._turns += 1
             self._sections.append(section)
-        if section.timeout_s is not None:
-            self._watch()
         self._changed()
 
     def close(self, section: Section) -> None:
@@ -268,13 +269,18 @@ class Section:
             self._guard.settle()
 
 
-def stacks(first: int | None) -> str:
-    """The stack of every thread of this process, that of the thread `first` before the others, our own last."""
+def stacks(first: int | None, *, native: bool = False) -> str:
+    """The stack of every thread of this process, that of the thread `first` before the others, our own last; then those with C frames."""
     names = {thread.ident: thread.name for thread in threading.enumerate()}
     frames = sys._current_frames()  # noqa: SLF001 - the documented way
     order = sorted(frames, key=lambda ident: (ident != first, str(names.get(ident)).startswith("faultguard-"), ident))
     parts = [f"Thread {names.get(ident, ident)}:\n{''.join(traceback.format_stack(frames[ident]))}" for ident in order]
-    text = "\n".join(parts)
+    text = _cut("\n".join(parts))
+    seen = native_stacks(first) if native else ""
+    return f"{text}\n\n{_cut(seen)}" if seen else text
+
+
+def _cut(text: str) -> str:
     return text if len(text) <= MAX_STACKS else f"{text[: MAX_STACKS - 4]}\n..."
 
 

@@ -154,8 +154,15 @@ def stored_workers(store: Store, prefix: str, *, run: str, levels: int = 2) -> l
             folders[f"{prefix}{folder}/"] = None
     if not folders:
         return []
+
+    def read(folder: str) -> StoredWorker | None:
+        return _stored(StoredLog(store, folder), run)
+
     with ThreadPoolExecutor(min(READERS, len(folders)), "faultguard-view") as pool:
-        found = pool.map(lambda folder: _stored(StoredLog(store, folder), run), folders)
+        try:
+            found = pool.map(read, folders)
+        except RuntimeError:  # the interpreter ends, and starts no more threads
+            found = map(read, folders)
         return [worker for worker in found if worker is not None]
 
 

@@ -50,6 +50,7 @@ class _Live:
     heard: float
     heard_at: float
     silent: bool = False
+    doubted: bool = False  # a probe on its node did not find its process, or could not be made
 
     @property
     def final(self) -> bool:
@@ -136,14 +137,23 @@ class LiveView:
         with self._lock:
             live = self._workers.get((said["task"], said["worker_id"]))
             if live is not None and live.said is said:
-                live.heard, live.silent = self._clock.read(now), False
+                live.heard, live.silent, live.doubted = self._clock.read(now), False, False
 
-    def last_beat(self, task: str, worker_id: str, now: float) -> dict[str, float | None]:
-        """Say how long ago the worker beat, and for how long this view has listened. Seconds; age None: never heard."""
+    def not_found(self, said: Mapping[str, Any]) -> None:
+        """Nobody could see on its node that the process of that beat is there."""
+        with self._lock:
+            live = self._workers.get((said["task"], said["worker_id"]))
+            if live is not None and live.said is said:
+                live.doubted = True
+
+    def last_beat(self, task: str, worker_id: str, now: float) -> dict[str, float | bool | None]:
+        """Say how long ago the worker beat (seconds; None: never heard), whether a probe doubts it, and how long this view has listened."""
         with self._lock:
             live = self._workers.get((task, worker_id))
             awake = self._clock.read(now)
-            return {"age_s": awake - live.heard if live is not None else None, "uptime_s": awake - self._started}
+            if live is None:
+                return {"age_s": None, "doubted": False, "uptime_s": awake - self._started}
+            return {"age_s": awake - live.heard, "doubted": live.doubted, "uptime_s": awake - self._started}
 
     def workers(self, now: float) -> list[dict[str, Any]]:
         """Return the newest beat of each worker, with `last_heartbeat` (seconds since the epoch), `age_s`, `silent` and `final`."""

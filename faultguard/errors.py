@@ -113,11 +113,19 @@ class DuplicateWorkerError(FaultguardError):
 
 
 class RunInUseError(FaultguardError):
-    """Another live driver owns the named run."""
+    """Another live driver has the named run: which process, on which host, and since when (seconds since the epoch)."""
+
+    run: str
+    host: str
+    pid: int
+    since: float
 
 
 class RunMismatchError(FaultguardError):
-    """A recorded worker is asked for with other arguments."""
+    """A worker is on record with other arguments; `arguments` names those that differ."""
+
+    worker_id: str
+    arguments: tuple[str, ...]
 
 
 class ManagerUnavailableError(FaultguardError):
@@ -163,7 +171,9 @@ def _combined_reduce(self: MaxFailuresExceeded) -> tuple[Callable[..., MaxFailur
 
 def _combine(user_class: type[Exception]) -> type[MaxFailuresExceeded] | None:
     """A class that is both, or None where the two cannot be combined (other layout, final class, own metaclass)."""
-    if user_class is Exception or issubclass(user_class, (FaultguardError, *_GROUPS)):
+    if user_class is Exception or issubclass(user_class, _GROUPS):
+        return None
+    if issubclass(user_class, FaultguardError) and user_class is not StalledError:  # the one of ours that an `except` may wait for
         return None
     if user_class.args is not BaseException.args:  # Ray 2.50 sets them on the class that it makes of both, and fails
         return None

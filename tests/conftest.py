@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import tempfile
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import pytest
@@ -14,10 +16,23 @@ from tests.tasks import Trace
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # tests do not phone home
 CPUS = 4
+MATRIX = Path(__file__).parents[1] / "docs" / "failure-model.md"
+
+
+def matrix_tests() -> set[str]:
+    """The tests that the failure model names, as `test_file.py::test_name`."""
+    return set(re.findall(r"`(test_\w+\.py::test_\w+)`", MATRIX.read_text("utf-8")))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests of the matrix."""
+    named = matrix_tests()
+    for item in items:
+        if f"{item.path.name}::{getattr(item, 'originalname', item.name)}" in named:
+            item.add_marker("matrix")
 
 
 class StartRun(Protocol):

@@ -74,25 +74,25 @@ def main(directory: str, what: str) -> None:
             nodes.add()
             trace.note("thawed 1", "driver")
             trace.note("thawed 2", "driver")
-        replaced_s = []
+        replaced_s, stopped_s = [], []
         for attempt, batch in FROZEN_AT.items() if what == "nodes" else ():
             wait_until(lambda attempt=attempt, batch=batch: reached(trace, attempt, batch), WAIT_S)
             if attempt == LAST - 1:
-                thaw(nodes, ice, 1, trace)
+                stopped_s.append(thaw(nodes, ice, 1, trace))
             ice[attempt] = nodes.frozen(node, *pids(trace, attempt))
             ice[attempt].__enter__()
             frozen = time.monotonic()
             node = nodes.add()
             wait_until(lambda attempt=attempt: len(pids(trace, attempt + 1)) == len(WORKERS), WAIT_S)
             replaced_s.append(round(time.monotonic() - frozen, 1))
-        for attempt in sorted(ice):
-            thaw(nodes, ice, attempt, trace)
+        stopped_s += [thaw(nodes, ice, attempt, trace) for attempt in sorted(ice)]
         results = ray.get(refs, timeout=WAIT_S)
         problems = [str(finding) for finding in examine(run.checkpoint_dir) if not finding.ok]
         ends = [records(run, "works", worker)[-1] for worker in WORKERS]
         seen = {
             "exact": results == [expected(BATCHES)] * len(WORKERS),
             "replaced_s": replaced_s,
+            "stopped_s": stopped_s,
             "attempts": [end.attempt for end in ends],
             "causes": [[failure.cause for failure in end.failures] for end in ends],
             "problems": problems,
@@ -102,12 +102,14 @@ def main(directory: str, what: str) -> None:
     print(json.dumps(seen))
 
 
-def thaw(nodes: Nodes, ice: dict[int, Any], attempt: int, trace: Trace) -> None:
-    """Let an attempt go on, and wait until it has found out that it has a successor, or its process is gone."""
+def thaw(nodes: Nodes, ice: dict[int, Any], attempt: int, trace: Trace) -> float:
+    """Let an attempt go on, and wait until it has found out that it has a successor, or its process is gone; says how long that took."""
     trace.note(f"thawed {attempt}", "driver")
     ice.pop(attempt).__exit__(None, None, None)
+    thawed = time.monotonic()
     mine = pids(trace, attempt)
     wait_until(lambda: {note["pid"] for note in trace.notes("superseded")} >= set(mine) or not any(is_there(pid) for pid in mine), WAIT_S)
+    return round(time.monotonic() - thawed, 1)
 
 
 def is_there(pid: int) -> bool:

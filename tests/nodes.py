@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 WORK = "work"  # a resource of the nodes that run the tasks of a test; the head has none
 SECONDS = 1000
+WAIT_S = 90
 
 
 class Nodes:
@@ -33,7 +34,7 @@ class Nodes:
     def add(self, cpus: int = 2) -> Any:
         """Start a worker node, and wait until Ray knows it."""
         node = self._cluster.add_node(num_cpus=cpus, resources={WORK: cpus})
-        wait_until(lambda: node.node_id in alive())
+        wait_until(lambda: node.node_id in alive(), WAIT_S)
         return node
 
     def remove(self, node: Any) -> None:

@@ -67,7 +67,7 @@ class Trace:
         return list(first.values())
 
 
-def wait_until(condition: Any, timeout_s: float = 30.0) -> Any:
+def wait_until(condition: Any, timeout_s: float = 90.0) -> Any:
     """Ask until the answer is true, and give it; AssertionError when that takes too long."""
     deadline = time.monotonic() + timeout_s
     while not (answer := condition()):
@@ -173,9 +173,11 @@ def hold_the_interpreter(seconds: float) -> None:
 
 
 def loop_in_c(worker_id: str, kind: str, seconds: float, trace: Trace) -> Any:
-    """A loop whose batch 3 holds the interpreter, in the first attempt, when it is known to the manager."""
+    """A loop that holds the interpreter, in its first attempt: in batch 3, when it is known to the manager, or "at once"."""
     ckpt = faultguard.current()
     for batch in ckpt.batches(range(6)):
+        if kind == "hang at once" and ckpt.attempt == 1:
+            ctypes.PyDLL(None).sleep(int(seconds))
         trace.note("batch", worker_id, attempt=ckpt.attempt, batch=batch)
         ckpt.state["sum"] = ckpt.state.get("sum", 0) + batch
         ckpt.state.setdefault("seen", []).append(batch)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import signal
+import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -179,4 +182,136 @@ def test_cancel_of_a_call_of_an_async_actor(run: faultguard.Run, trace: Trace) -
     ray.cancel(again)
     with pytest.raises(ray.exceptions.TaskCancelledError):
         get(again)
+    ray.kill(actor)
+
+
+# --- threaded, and what all three do when they are told to stop -------------------------------------------------------
+
+
+def make_holder(kind: str, **options: Any) -> Any:
+    """An actor of a kind, with methods that hold a worker in a loop until the test says "go"."""
+
+    class Holder:
+        def hold(self, worker_id: str, trace: Trace, every: int = 1) -> int:
+            """In a loop by hand."""
+            with faultguard.checkpointed(worker_id, every=every) as ckpt:
+                for batch in range(ckpt.current_batch, 10**6):
+                    trace.note("batch", worker_id, attempt=ckpt.attempt, batch=batch)
+                    if trace.notes("go"):
+                        break
+                    time.sleep(0.02)
+                    ckpt.advance()
+                return ckpt.attempt
+
+        def pid(self) -> int:
+            return os.getpid()
+
+    class AsyncHolder:
+        async def hold(self, worker_id: str, trace: Trace, every: int = 1) -> int:
+            """The same, giving way to the other calls in each batch."""
+            async with faultguard.checkpointed(worker_id, every=every) as ckpt:
+                for batch in range(ckpt.current_batch, 10**6):
+                    trace.note("batch", worker_id, attempt=ckpt.attempt, batch=batch)
+                    if trace.notes("go"):
+                        break
+                    await asyncio.sleep(0.02)
+                    ckpt.advance()
+                return ckpt.attempt
+
+        async def pid(self) -> int:
+            return os.getpid()
+
+    made: Any = ray.remote(AsyncHolder if kind == "async" else Holder)
+    return made.options(num_cpus=0.5, max_concurrency={"sync": 1, "threaded": 2, "async": 10}[kind], **options).remote()
+
+
+KINDS = ["sync", "threaded", "async"]
+
+
+def begun(trace: Trace, worker: str, attempt: int = 1, batch: int = 5) -> bool:
+    """Whether an attempt has come to a batch."""
+    return any(note["attempt"] == attempt and note["batch"] >= batch for note in trace.notes("batch", worker))
+
+
+def newest(run: faultguard.Run, worker: str) -> Any:
+    """The last record of a worker of these actors."""
+    task = next(state.task for state in faultguard.workers() if state.worker_id == worker)
+    return records(run, task, worker)[-1]
+
+
+def test_methods_of_a_threaded_actor_run_beside_one_another(run: faultguard.Run, trace: Trace) -> None:
+    """Each has the worker, the context and the loop of its thread."""
+    actor = make_loader().options(max_concurrency=2).remote()
+    refs = [actor.load.remote(f"w{index}", 40, trace, {7: "exception"} if index else {}) for index in range(2)]
+    with pytest.raises(ValueError, match="planned"):
+        get(refs[1])
+    assert get([refs[0], actor.load.remote("w1", 40, trace, {7: "exception"})]) == [expected(40)] * 2
+    assert trace.begins("w0") == [0]
+    assert trace.begins("w1") == [0, 7]
+    ray.kill(actor)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_call_that_ray_repeats_resumes(run: faultguard.Run, trace: Trace, kind: str) -> None:
+    """With `max_restarts` and `max_task_retries` the call goes on by itself after the death of its actor."""
+    actor = make_holder(kind, max_restarts=1, max_task_retries=1)
+    ref = actor.hold.remote("w", trace)
+    wait_until(lambda: begun(trace, "w"), WAIT_S)
+    os.kill(trace.notes("batch")[0]["pid"], signal.SIGKILL)
+    wait_until(lambda: begun(trace, "w", attempt=2), WAIT_S)
+    trace.note("go", "test")
+    assert get(ref) == 2
+    assert trace.begins("w")[1] > 0
+    ray.kill(actor)
+
+
+def test_sigterm_flushes_in_a_synchronous_actor(run: faultguard.Run, trace: Trace) -> None:
+    """What was done is saved, though nothing was due; the next call goes on there."""
+    actor = make_holder("sync", max_restarts=1)
+    ref = actor.hold.remote("w", trace, 10**6)
+    wait_until(lambda: begun(trace, "w"), WAIT_S)
+    os.kill(trace.notes("batch")[0]["pid"], signal.SIGTERM)
+    with pytest.raises(ray.exceptions.RayActorError):
+        get(ref)
+    record = newest(run, "w")
+    assert (record.ended.cause, record.ended.charged) == ("terminated", False)
+    assert record.snapshot.batch > 0
+    ray.kill(actor)
+
+
+@pytest.mark.parametrize("kind", ["threaded", "async"])
+def test_sigterm_does_nothing_in_other_actors(run: faultguard.Run, trace: Trace, kind: str) -> None:
+    """Ray ignores it there: nothing is flushed, and the work goes on."""
+    actor = make_holder(kind)
+    ref = actor.hold.remote("w", trace, 10**6)
+    wait_until(lambda: begun(trace, "w"), WAIT_S)
+    os.kill(get(actor.pid.remote()), signal.SIGTERM)
+    then = trace.notes("batch")[-1]["batch"]
+    wait_until(lambda: begun(trace, "w", batch=then + 50), WAIT_S)
+    assert newest(run, "w").kind == "claim"
+    trace.note("go", "test")
+    assert get(ref) == 1
+    ray.kill(actor)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_cancel_of_a_worker_in_an_actor(start_run: StartRun, trace: Trace, kind: str) -> None:
+    """`faultguard.cancel` ends the call, saves its last boundary, and leaves the actor and its other calls alone."""
+    run = start_run(heartbeat_interval=0.2)
+    actor = make_holder(kind)
+    ref = actor.hold.remote("w", trace, 10**6)
+    beside = actor.hold.remote("beside", trace, 10**6) if kind != "sync" else None
+    wait_until(lambda: begun(trace, "w") and (beside is None or begun(trace, "beside")), WAIT_S)
+    faultguard.cancel("w")
+    with pytest.raises(ray.exceptions.TaskCancelledError):
+        get(ref)
+    record = newest(run, "w")
+    assert (record.ended.cause, record.ended.charged) == ("cancelled", False)
+    assert record.snapshot.batch >= 5
+    assert next(state.status for state in faultguard.workers() if state.worker_id == "w") == "cancelled"
+    trace.note("go", "test")
+    if beside is not None:
+        assert get(beside) == 1
+    assert get(actor.hold.remote("w", trace)) == 2
+    assert {note["pid"] for note in trace.notes("batch")} == {get(actor.pid.remote())}
     ray.kill(actor)

@@ -193,7 +193,7 @@ def test_an_option_that_nobody_knows_is_a_type_error() -> None:
             ".options(num_returns='dynamic') on a recoverable task is refused: a generator that",
         ),
         ({"num_returns": "streaming"}, ".options(num_returns='streaming') on a recoverable task is refused"),
-        ({"resume": "never"}, "options(resume='never') is refused: resume does not work yet; leave it out"),
+        ({"resume": "always"}, "it takes 'never', or nothing: a worker resumes by itself"),
         ({"worker_id": ""}, "worker_id '' is refused: it is empty"),
         ({"worker_id": 7}, "worker_id 7 is refused: it is of type 'int', not str"),
         ({"worker_id": "x" * 513}, "it is 513 bytes long in UTF-8, the limit is 512"),
@@ -508,7 +508,7 @@ def test_ray_is_not_started_where_ray_itself_would_not(monkeypatch: pytest.Monke
 def submission(max_retries: int) -> Callable[..., Any]:
     """What Ray's hook is given: the call that submits, with Ray's options in its closure."""
 
-    def invocation(*args: Any, **kwargs: Any) -> Any:
+    def invocation(args: Any, kwargs: Any) -> Any:
         return "submitted", max_retries, args, kwargs
 
     return invocation
@@ -519,7 +519,7 @@ def test_enough_retries_of_ray_are_taken(settings: Settings, max_failures: int, 
     """Below @ray.remote, Ray's `max_retries` must be -1 or at least max_failures + 1."""
     task: Any = faultguard.recoverable(max_failures=max_failures)(train)
     submit = task.__ray_invocation_decorator__(submission(max_retries))
-    assert submit("w0", scale=2) == ("submitted", max_retries, ("w0",), {"scale": 2})
+    assert submit(("w0",), {"scale": 2}) == ("submitted", max_retries, ("w0",), {"scale": 2})
 
 
 @pytest.mark.parametrize(
@@ -535,7 +535,7 @@ def test_too_few_retries_of_ray_are_refused(settings: Settings, max_failures: in
     """Ray would give up before the budget does; the text says what to write."""
     task: Any = faultguard.recoverable(max_failures=max_failures)(train)
     with pytest.raises(UsageError) as caught:
-        task.__ray_invocation_decorator__(submission(max_retries))()
+        task.__ray_invocation_decorator__(submission(max_retries))((), {})
     assert text in str(caught.value)
 
 
@@ -543,7 +543,7 @@ def test_retries_that_cannot_be_read_are_a_warning(settings: Settings, caplog: p
     """Where Ray's options cannot be seen, the user is told once, and the task runs."""
     task: Any = faultguard.recoverable(name="unreadable")(train)
     for _ in range(2):
-        assert task.__ray_invocation_decorator__(print)() is None
+        assert task.__ray_invocation_decorator__(print)((), {}) is None
     assert len(caplog.records) == 1
     assert "Ray's max_retries of task 'unreadable' cannot be read; set it to at least max_failures + 1" in caplog.text
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import faultguard
+from tests.conftest import MATRIX, matrix_tests
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -47,6 +48,24 @@ def test_page_runs(page: Path, tmp_path: Path, ray_temp_dir: str) -> None:
     command = [sys.executable, str(script)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_matrix_names_tests_that_exist() -> None:
+    """Every row of the failure model has its test."""
+    here = Path(__file__).parent
+    named = matrix_tests()
+    assert len(named) > 40
+    for test in named:
+        file, _, name = test.partition("::")
+        assert re.search(rf"^def {name}\(", (here / file).read_text("utf-8"), re.MULTILINE), test
+    rows = [line for line in MATRIX.read_text("utf-8").splitlines() if line.startswith("| ") and not line.startswith(("| fault", "| |"))]
+    assert not [row for row in rows if "::" not in row]
+
+
+def test_the_recommended_settings_are_those_of_the_page() -> None:
+    """Who copies them from there gets what `recommended_ray_env` says."""
+    page = (ROOT / "docs" / "nodes.md").read_text("utf-8")
+    assert dict(re.findall(r'name: (RAY_\w+), value: "(\d+)"', page)) == faultguard.recommended_ray_env()
 
 
 def test_readme_is_short() -> None:

@@ -11,6 +11,7 @@ import ray
 import faultguard
 from tests.nodes import WORK, Nodes, some_nodes
 from tests.tasks import NOWAIT, Trace, expected, records, result, wait_until
+from tests.test_actors import KINDS, begun, make_holder, newest
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -20,6 +21,7 @@ pytestmark = pytest.mark.ray
 WAIT_S = 90
 DEADLINE_S = 600
 INTERVAL_S = 0.5
+UNTOLD = 20
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +46,7 @@ def steps(worker_id: str, n: int, trace: Trace, stuck_at: int = -1) -> Any:
     node = ray.get_runtime_context().get_node_id()
     for batch in ckpt.batches(range(n)):
         trace.note("batch", worker_id, attempt=ckpt.attempt, batch=batch, node=node)
-        time.sleep(0.05)
+        time.sleep(0.05 if batch < UNTOLD or ckpt.attempt > 1 else 0.5)  # it may take long until it is told, and must not end before
         while batch == stuck_at and ckpt.attempt == 1:
             time.sleep(0.01)
         ckpt.state["sum"] = ckpt.state.get("sum", 0) + batch
@@ -56,7 +58,7 @@ def test_a_drained_node_is_left(nodes: Nodes, run: faultguard.Run, trace: Trace)
     """Long before the deadline, after the batch in hand, which is not redone; and nothing is charged."""
     first = nodes.add()
     ref = steps.remote("w", 100, trace)
-    wait_until(lambda: len(trace.notes("batch")) > 20)
+    wait_until(lambda: len(trace.notes("batch")) > UNTOLD, WAIT_S)
     second = nodes.add()
     nodes.drain(first, DEADLINE_S)
     assert ray.get(ref, timeout=WAIT_S) == expected(100)
@@ -74,9 +76,9 @@ def test_a_node_that_goes_in_the_middle_of_a_batch(nodes: Nodes, run: faultguard
     """It was drained, the batch took longer: that batch is redone, and nothing is charged either."""
     first = nodes.add()
     ref = steps.remote("w", 10, trace, 5)
-    wait_until(lambda: trace.notes("batch")[-1:] and trace.notes("batch")[-1]["batch"] == 5)
+    wait_until(lambda: trace.notes("batch")[-1:] and trace.notes("batch")[-1]["batch"] == 5, WAIT_S)
     nodes.drain(first, DEADLINE_S)
-    wait_until(lambda: records(run, "steps", "w")[-1].ended is not None)
+    wait_until(lambda: records(run, "steps", "w")[-1].ended is not None, WAIT_S)
     second = nodes.add()
     nodes.remove(first)
     assert ray.get(ref, timeout=WAIT_S) == expected(10)
@@ -102,9 +104,9 @@ def test_a_block_of_a_plain_task_saves_and_goes_on(nodes: Nodes, run: faultguard
     """Who calls decides about retries; what it has done is saved at once, with a note for its successor."""
     node = nodes.add()
     ref = plain.remote("block", trace)
-    wait_until(lambda: len(trace.notes("batch")) > 100)
+    wait_until(lambda: len(trace.notes("batch")) > 100, WAIT_S)
     nodes.drain(node, DEADLINE_S)
-    wait_until(lambda: records(run, "plain", "block")[-1].ended is not None)
+    wait_until(lambda: records(run, "plain", "block")[-1].ended is not None, WAIT_S)
     record = records(run, "plain", "block")[-1]
     assert record.snapshot is not None
     assert record.snapshot.batch > 0
@@ -113,6 +115,22 @@ def test_a_block_of_a_plain_task_saves_and_goes_on(nodes: Nodes, run: faultguard
     assert next(state for state in faultguard.workers() if state.worker_id == "block").status == "active"
     trace.note("go", "test")
     assert ray.get(ref, timeout=WAIT_S) > 100
+    nodes.remove(node)
+
+
+def test_actors_of_a_drained_node_save_and_go_on(nodes: Nodes, run: faultguard.Run, trace: Trace) -> None:
+    """Ray moves no actor that works; whatever its kind, what its methods have done is saved at once."""
+    node = nodes.add()
+    actors = {kind: make_holder(kind, resources={WORK: 0.1}) for kind in KINDS}
+    refs = [actor.hold.remote(kind, trace, 10**6) for kind, actor in actors.items()]
+    wait_until(lambda: all(begun(trace, kind) for kind in KINDS), WAIT_S)
+    nodes.drain(node, DEADLINE_S)
+    for kind in KINDS:
+        record = wait_until(lambda kind=kind: (found := newest(run, kind)).ended is not None and found)
+        assert (record.ended.cause, record.ended.charged) == ("drained", False)
+        assert record.snapshot.batch >= 5
+    trace.note("go", "test")
+    assert ray.get(refs, timeout=WAIT_S) == [1, 1, 1]
     nodes.remove(node)
 
 
@@ -132,10 +150,10 @@ def test_leaving_without_progress_is_charged(nodes: Nodes, run: faultguard.Run, 
     """Or a worker that is always told to leave before its first batch is done would be started for ever."""
     first = nodes.add(1)
     ref = gets_nowhere.remote("w", trace)
-    wait_until(lambda: len(trace.notes("batch")) == 1)
+    wait_until(lambda: len(trace.notes("batch")) == 1, WAIT_S)
     second = nodes.add(1)
     nodes.drain(first, DEADLINE_S)
-    wait_until(lambda: len(trace.notes("batch")) == 2)
+    wait_until(lambda: len(trace.notes("batch")) == 2, WAIT_S)
     third = nodes.add(1)
     nodes.drain(second, DEADLINE_S)
     with pytest.raises(faultguard.MaxFailuresExceeded) as caught:

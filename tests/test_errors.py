@@ -154,6 +154,7 @@ COMBINING = [
     Slots("slot"),
     WithLock(),
     StopIteration(3),
+    errors.StalledError("no progress", batch=3),
 ]
 PLAIN = [Exception("nothing to combine with"), Final("final"), ArgsProperty("hidden"), Refusing(7), SupersededError("ours")]
 

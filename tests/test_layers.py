@@ -25,12 +25,12 @@ PURE = {
 CORE_KNOWS = {"faultguard._core", "faultguard.errors", "faultguard.policy"}
 LAYERS = [  # each may import those above it, and its own; `_session`, `_events`, `_ray`, `_process` are aside
     {"errors"},
-    {"policy", "_stops", "_failover"},
+    {"policy", "_stops", "_failover", "_native"},
     {"_core"},
     {"storage", "_codec", "_blame"},
     {"_log", "_sidecar", "_journal", "_tracking", "_settings", "_watch", "_stall", "_handle", "_marks", "_probe", "_prober"},
-    {"_views", "_registry", "_manager", "_beater", "_watcher"},
-    {"_attempt", "_run", "_get"},
+    {"_views", "_registry", "_manager", "_beater", "_watcher", "_lease"},
+    {"_attempt", "_run", "_named", "_get"},
     {"_checkpointed"},
     {"_recoverable", "_packing"},
     {"__init__", "_doctor"},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -110,6 +111,40 @@ def test_cancel_by_ray(start_run: StartRun, trace: Trace, force: bool) -> None:
     assert ray.get(sticks.remote("w", trace), timeout=WAIT_S) == expected(6)
     assert [note["batch"] for note in trace.notes("batch", "w")] == [0, 1, 2, 3, 3, 4, 5]
     assert (newest(run, "w").charged, newest(run, "w").failures) == (0, ())
+
+
+@faultguard.recoverable(every=timedelta(hours=1), backoff=NOWAIT)
+@ray.remote(num_cpus=0.5)
+def sticks_unsaved(worker_id: str, trace: Trace) -> int:
+    """Stays in batch 3 of its first attempt, with nothing saved."""
+    ckpt = faultguard.current()
+    for batch in ckpt.batches(range(6)):
+        trace.note("batch", worker_id, attempt=ckpt.attempt, batch=batch)
+        time.sleep(0.1)  # a snapshot may take 0.3 % of the time
+        while batch == STUCK and ckpt.attempt == 1:
+            time.sleep(0.01)
+    return ckpt.attempt
+
+
+@pytest.mark.parametrize("by", ["ray.cancel", "faultguard.cancel", "SIGTERM"])
+def test_the_last_boundary_is_saved(start_run: StartRun, trace: Trace, by: str) -> None:
+    """Though nothing was due for an hour; only by force nobody is asked, and what is durable is what there is."""
+    run = start_run(heartbeat_interval=INTERVAL_S)
+    ref = sticks_unsaved.remote("w", trace)
+    wait_until(lambda: is_stuck(trace, "w"))
+    assert newest(run, "w", "sticks_unsaved").snapshot is None
+    if by == "SIGTERM":
+        os.kill(trace.notes("batch")[0]["pid"], signal.SIGTERM)
+    else:
+        ray.cancel(ref) if by == "ray.cancel" else faultguard.cancel("w")
+        with pytest.raises(ray.exceptions.TaskCancelledError):
+            ray.get(ref, timeout=WAIT_S)
+        assert newest(run, "w", "sticks_unsaved").snapshot.batch > 0
+        assert status("w") == "cancelled"
+        ref = sticks_unsaved.remote("w", trace)
+    assert ray.get(ref, timeout=WAIT_S) == 2
+    assert 0 < trace.begins("w")[1] <= STUCK  # the last one, unless the machine had no time for its snapshot
+    assert newest(run, "w", "sticks_unsaved").charged == 0
 
 
 @ray.remote(num_cpus=0.5, max_retries=3)

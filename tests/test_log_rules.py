@@ -741,6 +741,23 @@ def test_a_damaged_pointer_never_means_a_fresh_start() -> None:
         assert max(store.records) == 3
 
 
+@pytest.mark.parametrize(("saves", "damaged", "starts"), [(1, {2}, True), (2, {2, 3}, False), (9, {8, 9, 10}, False)])
+def test_when_every_save_is_damaged(saves: int, damaged: set[int], starts: bool) -> None:
+    """One record costs its batches, be it the first; several above a claim that says "fresh" are an error, not zero."""
+    store = Store()
+    held = held_by(store, claimant())
+    for done in range(1, saves + 1):
+        store.run(save(held, snapshot(done), 0.0))
+        store.run(retain(held, 3))
+    for number in damaged:
+        store.damage(number)
+    if starts:
+        assert store.run(load(sorted(store.records))).snapshot is None
+    else:
+        with pytest.raises(CheckpointCorruptError, match="are damaged"):
+            store.run(load(sorted(store.records)))
+
+
 def test_a_lost_state_is_not_replaced_by_an_older_one() -> None:
     """If the record that a claim points to is gone, somebody has removed it: an older one would silently cost batches."""
     store = Store()

@@ -218,8 +218,8 @@ def test_last_beat_counts_listening_time_only() -> None:
     view = LiveView(10.0, 0.0)
     view.check(0.0, 1.0)
     view.beat([beat()], 0.0, 0.0)
-    assert view.last_beat("embed", "nobody", 0.5) == {"age_s": None, "uptime_s": 0.5}
-    assert view.last_beat("embed", "w0", 500.0) == {"age_s": 1.0, "uptime_s": 1.0}
+    assert view.last_beat("embed", "nobody", 0.5) == {"age_s": None, "doubted": False, "uptime_s": 0.5}
+    assert view.last_beat("embed", "w0", 500.0) == {"age_s": 1.0, "doubted": False, "uptime_s": 1.0}
 
 
 def test_view_forgets_who_ended_first(monkeypatch: pytest.MonkeyPatch) -> None:

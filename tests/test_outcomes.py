@@ -291,6 +291,20 @@ def test_a_failure_for_good_is_a_warning(settings: Settings, caplog: pytest.LogC
     }
 
 
+@pytest.mark.parametrize(("error", "said"), [(KeyError("x"), "KeyError('x')"), (KeyError("x", 1), "KeyError(\"('x', 1)\")")], ids=str)
+def test_a_key_error_is_not_quoted_twice(settings: Settings, error: Exception, said: str) -> None:
+    """Its text is its key in quotes."""
+
+    def fail() -> None:
+        raise error
+
+    with pytest.raises(KeyError):
+        execute(settings, fail)
+    with pytest.raises(faultguard.MaxFailuresExceeded) as caught:
+        execute(settings, fail, ray_attempt=1)
+    assert [failure.message for failure in caught.value.failures] == [said]
+
+
 def test_a_failure_in_a_nested_loop_says_where(settings: Settings, caplog: pytest.LogCaptureFixture) -> None:
     """Both the failure and the line about the resume name the batch of the inner loop, and where the outer one is."""
     failed: list[int] = []

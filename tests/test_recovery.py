@@ -22,6 +22,7 @@ from tests.tasks import (
     GaveUpError,
     Trace,
     assert_never_behind,
+    die,
     doomed,
     end_manager,
     expected,
@@ -239,6 +240,67 @@ def test_sys_exit_is_charged(run: faultguard.Run, trace: Trace) -> None:
     """A user's sys.exit, of whatever code, ends the attempt and counts; the next one goes on."""
     assert get(exits.remote("w", trace)) == ("exit", "exit")
     assert trace.begins("w") == [0, 2, 4]
+
+
+# --- what cannot go on ----------------------------------------------------------------------------------------------
+
+
+@faultguard.recoverable(every=1, backoff=NOWAIT)
+@ray.remote(num_cpus=0.5)
+def rots(worker_id: str, trace: Trace, folder: str, how_many: int) -> Any:
+    """In batch 6 of its first attempt damages its newest records, and dies."""
+    ckpt = faultguard.current()
+    for batch in ckpt.batches(range(BATCHES)):
+        trace.note("batch", worker_id, attempt=ckpt.attempt, batch=batch)
+        if batch == 6 and ckpt.attempt == 1:
+            for path in sorted(Path(folder).glob("*.json"))[-how_many:]:
+                path.write_bytes(path.read_bytes().replace(b'"sum":', b'"sun":'))
+            die("SIGKILL")
+        ckpt.state["sum"] = ckpt.state.get("sum", 0) + batch
+        ckpt.state.setdefault("seen", []).append(batch)
+        ckpt.advance(wait=True)
+    return result(ckpt)
+
+
+@pytest.mark.parametrize("how_many", [1, 100])
+def test_records_that_rot(run: faultguard.Run, trace: Trace, how_many: int) -> None:
+    """One costs its batches; all of them are an error, and never a fresh start."""
+    ref = rots.remote("w", trace, str(Path(run.checkpoint_dir) / run.name / "rots" / "w"), how_many)
+    if how_many == 1:
+        assert get(ref) == expected(BATCHES)
+        assert trace.begins("w") == [0, 5]
+    else:
+        with pytest.raises(faultguard.CheckpointCorruptError):
+            get(ref)
+        assert trace.begins("w") == [0]
+
+
+@faultguard.recoverable(every=1, backoff=NOWAIT)
+@ray.remote(num_cpus=0.5)
+def cannot(worker_id: str, trace: Trace, what: str) -> None:
+    """Gets another input in its second attempt, or keeps in its state what cannot be saved."""
+    ckpt = faultguard.current()
+    for batch in ckpt.batches([number * ckpt.attempt for number in range(BATCHES)] if what == "input" else range(BATCHES)):
+        trace.note("batch", worker_id, attempt=ckpt.attempt, batch=batch)
+        if what == "state":
+            ckpt.state["lock"] = object()
+        if batch == 6:
+            die("SIGKILL")
+        ckpt.advance(wait=True)
+
+
+def test_another_input_on_resume(run: faultguard.Run, trace: Trace) -> None:
+    """It is refused before a batch of it runs, and not tried again."""
+    with pytest.raises(faultguard.InputChangedError, match="batch 5 was"):
+        get(cannot.remote("w", trace, "input"))
+    assert trace.begins("w") == [0]
+
+
+def test_a_state_that_cannot_be_saved(run: faultguard.Run, trace: Trace) -> None:
+    """The first boundary says so, with the path, and nothing is tried again."""
+    with pytest.raises(faultguard.CheckpointNotSerializableError, match=r'state\["lock"\]'):
+        get(cannot.remote("w", trace, "state"))
+    assert [note["batch"] for note in trace.notes("batch")] == [0]
 
 
 # --- arguments ------------------------------------------------------------------------------------------------------

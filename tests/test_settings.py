@@ -11,13 +11,25 @@ from faultguard import _ray, _settings
 from faultguard._settings import checked_store, decode_settings, new_settings, option, resolve_checkpoint_dir
 from faultguard.errors import CheckpointStoreError, UsageError
 
-DEFAULTS = {"max_failures": 3, "heartbeat_interval": 5.0, "heartbeat_timeout": 60.0, "check_args": True, "progress": True}
+DEFAULTS = {
+    "max_failures": 3,
+    "heartbeat_interval": 5.0,
+    "heartbeat_timeout": 60.0,
+    "check_args": True,
+    "progress": True,
+    "run": None,
+    "resume": "auto",
+    "takeover": False,
+}
 OTHERS = {  # an argument, and the environment with its value
     "max_failures": (7, "-1", -1),
     "heartbeat_interval": (2, "0.5", 0.5),
     "heartbeat_timeout": (90.0, "120", 120.0),
     "check_args": (True, "false", False),
     "progress": (True, "0", False),
+    "run": ("nightly", "weekly", "weekly"),
+    "resume": ("never", "always", "always"),
+    "takeover": (False, "1", True),
 }
 IDENTITY = _ray.Identity(job_id="01000000", node_id="ab", task_id="driver", attempt=0, task_name="driver", function_name="")
 
@@ -44,7 +56,7 @@ def test_an_argument_beats_the_environment_beats_the_default(monkeypatch: pytest
     monkeypatch.setenv(f"FAULTGUARD_{name.upper()}", text)
     assert option(name, None) == from_environment
     assert option(name, argument) == argument
-    assert type(option(name, argument)) is type(DEFAULTS[name])
+    assert type(option(name, argument)) is type(from_environment)
 
 
 def test_false_is_an_argument(monkeypatch: pytest.MonkeyPatch) -> None:

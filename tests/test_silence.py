@@ -83,35 +83,54 @@ def test_a_stopped_worker_is_marked_silent(start_run: StartRun, trace: Trace, ra
 
 
 @ray.remote(num_cpus=0.5, max_retries=0)
-def hold(worker_id: str, trace: Trace, elsewhere: bool) -> str:
-    """Holds a worker until the test says "enough"; looks like a process of another host if it is told to."""
-    from faultguard import _attempt
+def hold(worker_id: str, trace: Trace, elsewhere: bool, is_mute: bool) -> str:
+    """Holds a worker until the test says "enough"; looks like a process of another host, and sends one beat only, if it is told to."""
+    from faultguard import _attempt, _beater
 
-    this_process = vars(_attempt)["this_process"]
+    this_process, send = vars(_attempt)["this_process"], _beater._Line._send
     if elsewhere:
         _attempt.this_process = lambda: replace(this_process(), boot_id="elsewhere")  # type: ignore[attr-defined]
     try:
         with faultguard.checkpointed(worker_id, every=1) as ckpt:
             for batch in ckpt.batches(range(10_000)):
                 trace.note("batch", worker_id, attempt=ckpt.attempt, batch=batch)
-                if not elsewhere or trace.notes("enough"):
+                if is_mute and batch == 3:  # a long one: nothing is written either
+                    wait_until(lambda: trace.notes("heard"), WAIT_S)
+                    _beater._Line._send = lambda *_: None  # type: ignore[method-assign]
+                    wait_until(lambda: trace.notes("enough"), WAIT_S)
+                if not (elsewhere or is_mute) or trace.notes("enough"):
                     return "completed"
                 time.sleep(0.05)
     except faultguard.SupersededError:
         return "superseded"
     finally:
-        _attempt.this_process = this_process  # type: ignore[attr-defined]
+        _attempt.this_process, _beater._Line._send = this_process, send  # type: ignore[attr-defined, method-assign]
     return "used up"
+
+
+@ray.remote(num_cpus=0.5, max_retries=0)
+def asks_from_afar(worker_id: str, trace: Trace) -> str:
+    """Wants a worker whose holder it cannot see, as if that was on another host."""
+    from faultguard import _attempt
+
+    is_dead = vars(_attempt)["is_dead"]
+    _attempt.is_dead = lambda _: None  # type: ignore[attr-defined, assignment]
+    try:
+        with faultguard.checkpointed(worker_id, every=1) as ckpt:
+            trace.note("batch", worker_id, attempt=ckpt.attempt, batch=ckpt.current_batch)
+            return "completed"
+    finally:
+        _attempt.is_dead = is_dead  # type: ignore[attr-defined]
 
 
 def test_a_silent_holder_that_nobody_can_see_is_replaced(start_run: StartRun, trace: Trace) -> None:
     """Another task takes the worker over when its holder has been silent for `heartbeat_timeout`; the holder hears it when it thaws."""
     start_run(heartbeat_interval=INTERVAL_S, heartbeat_timeout=TIMEOUT_S)
-    holder = hold.remote("w", trace, True)
+    holder = hold.remote("w", trace, True, False)
     pid = int(wait_until(lambda: trace.notes("batch"))[0]["pid"])
     wait_until_heard("w")
     with stopped(pid):
-        assert ray.get(hold.remote("w", trace, False), timeout=WAIT_S) == "completed"
+        assert ray.get(hold.remote("w", trace, False, False), timeout=WAIT_S) == "completed"
     assert ray.get(holder, timeout=WAIT_S) == "superseded"
     first = next(note for note in trace.notes("batch") if note["attempt"] == 2)
     assert first["batch"] > 0
@@ -120,10 +139,24 @@ def test_a_silent_holder_that_nobody_can_see_is_replaced(start_run: StartRun, tr
 def test_a_holder_that_beats_is_not_replaced(start_run: StartRun, trace: Trace) -> None:
     """However long the other one waits: whoever beats lives."""
     start_run(heartbeat_interval=INTERVAL_S, heartbeat_timeout=TIMEOUT_S)
-    holder = hold.remote("w", trace, True)
+    holder = hold.remote("w", trace, True, False)
     wait_until(lambda: trace.notes("batch"))
     with pytest.raises(faultguard.DuplicateWorkerError, match="is held by another live task"):
-        ray.get(hold.remote("w", trace, False), timeout=WAIT_S)
+        ray.get(hold.remote("w", trace, False, False), timeout=WAIT_S)
+    trace.note("enough", "w")
+    assert ray.get(holder, timeout=WAIT_S) == "completed"
+    assert {note["attempt"] for note in trace.notes("batch")} == {1}
+
+
+def test_a_holder_whose_beats_are_lost_is_not_replaced(start_run: StartRun, trace: Trace) -> None:
+    """That nothing is heard of it is not enough: somebody looks on its node first, and sees that it lives."""
+    start_run(heartbeat_interval=INTERVAL_S, heartbeat_timeout=TIMEOUT_S)
+    holder = hold.options(name="both").remote("w", trace, False, True)
+    wait_until(lambda: trace.notes("batch"))
+    wait_until_heard("w")
+    trace.note("heard", "w")
+    with pytest.raises(faultguard.DuplicateWorkerError, match="is held by another live task"):
+        ray.get(asks_from_afar.options(name="both").remote("w", trace), timeout=WAIT_S)
     trace.note("enough", "w")
     assert ray.get(holder, timeout=WAIT_S) == "completed"
     assert {note["attempt"] for note in trace.notes("batch")} == {1}
@@ -225,6 +258,7 @@ def test_c_code_that_holds_the_interpreter_is_left_alone(start_run: StartRun, tr
     assert ray.get(ref, timeout=WAIT_S) == expected(6)
     assert attempts(trace) == {1}
     assert told(ray_cluster, "'in_c/burns' attempt 1 is silent")
+    assert len(told(ray_cluster, "'in_c/burns' attempt 1 stands still")) <= 1, "once, however often it is looked at"
 
 
 @pytest.mark.parametrize("kind", ["hang", "hang twice"])
@@ -237,6 +271,14 @@ def test_hung_in_c_with_the_interpreter(kind: str, start_run: StartRun, trace: T
     assert ray.get(ref, timeout=WAIT_S) == expected(6)
     assert attempts(trace) == ({1, 2} if kind == "hang" else {1, 2, 3})
     wait_until(lambda: told(ray_cluster, f"'in_c_with_timeout/{kind}' attempt 1 stood still for longer than its stall_timeout"))
+
+
+def test_hung_in_c_with_the_interpreter_at_once(start_run: StartRun, trace: Trace) -> None:
+    """Also the very first batch of a run, before anybody has made a manager."""
+    start_run(heartbeat_interval=INTERVAL_S, heartbeat_timeout=TIMEOUT_S)
+    assert ray.get(in_c_with_timeout.remote("at once", "hang at once", 300, trace), timeout=WAIT_S) == expected(6)
+    assert trace.begins("at once") == [0]
+    assert attempts(trace) == {2}
 
 
 def test_a_manager_that_was_frozen_blames_nobody(start_run: StartRun, trace: Trace, ray_cluster: str) -> None:

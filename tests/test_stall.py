@@ -7,6 +7,7 @@ import contextlib
 import logging
 import os
 import random
+import re
 import sys
 import threading
 import time
@@ -105,8 +106,9 @@ def test_stalls_use_up_the_budget(settings: Settings) -> None:
         for _ in faultguard.batches(range(3)):
             hang()
 
-    with pytest.raises(faultguard.MaxFailuresExceeded) as caught:
+    with pytest.raises(StalledError) as caught:  # which it is, too
         execute(settings, count, max_failures=1)
+    assert isinstance(caught.value, faultguard.MaxFailuresExceeded)
     assert [failure.cause for failure in caught.value.failures] == ["stall", "stall"]
     assert isinstance(caught.value.last_exception, StalledError)
     assert [bool(failure.stacks) for failure in caught.value.failures] == [False, True]  # the newest one keeps them
@@ -447,6 +449,22 @@ def test_hung_in_python(run: faultguard.Run, trace: Trace) -> None:
     assert len({note["pid"] for note in trace.notes("batch")}) == 1
 
 
+@faultguard.recoverable(max_failures=0, stall_timeout=0.5)
+@ray.remote(num_cpus=0.5)
+def hangs() -> None:
+    """Always."""
+    for _ in faultguard.batches(range(2)):
+        hang()
+
+
+@pytest.mark.ray
+def test_except_stalled_error_around_get(run: faultguard.Run) -> None:
+    """A budget that a stall has used up is caught as one."""
+    with pytest.raises(StalledError) as caught:
+        ray.get(hangs.remote(), timeout=WAIT_S)
+    assert isinstance(caught.value, faultguard.MaxFailuresExceeded)
+
+
 @faultguard.recoverable(every=1, max_failures=1, backoff=NOWAIT, stall_timeout=1)
 @ray.remote(num_cpus=0.5)
 def locked(worker_id: str, trace: Trace, how: str, always: bool) -> int:
@@ -474,7 +492,12 @@ def test_hung_in_c(run: faultguard.Run, trace: Trace, how: str) -> None:
     (failure,) = records(run, "locked", "w")[-1].failures
     assert (failure.cause, failure.batch, failure.attempt) == ("stall", 3, 1)
     assert "does not react" in failure.message
-    assert "in locked" in failure.stacks
+    python, _, native = failure.stacks.partition("py-spy: ")
+    assert "in locked" in python
+    thread = native.split("Thread ")[1]  # the one that hangs comes first
+    assert "locked (" in thread
+    if how == "read":
+        assert re.search(r"^    (__)?(libc_)?read ", thread, re.MULTILINE), native
 
 
 @pytest.mark.ray
@@ -517,6 +540,26 @@ def test_actors_that_hang_in_c(run: faultguard.Run, trace: Trace, concurrency: i
         with pytest.raises(ray.exceptions.RayTaskError, match="has made no progress for"):
             ray.get(ref, timeout=WAIT_S)
         assert ray.get(server.work.remote(trace), timeout=WAIT_S) == 2
+
+
+@pytest.mark.ray
+def test_a_driver_that_hangs_in_c(run: faultguard.Run, caplog: pytest.LogCaptureFixture) -> None:
+    """Its process is not ended: `StalledError` waits until it comes back to Python."""
+    read, write = os.pipe()
+    timer = threading.Timer(3, os.write, (write, b"!"))
+    timer.start()
+
+    def work() -> None:
+        with faultguard.checkpointed("driver", stall_timeout=0.5) as ckpt:
+            for _ in ckpt.batches(range(3)):
+                os.read(read, 1)
+
+    with pytest.raises(StalledError):
+        work()
+    assert "faultguard.stall_stays" in {vars(record).get("event") for record in caplog.records}
+    timer.join()
+    os.close(read)
+    os.close(write)
 
 
 @pytest.mark.ray

@@ -35,6 +35,8 @@ __all__ = [
     "Refused",
     "Reply",
     "claim",
+    "condense",
+    "create",
     "discard",
     "give_back",
     "load",
@@ -111,6 +113,7 @@ class Claimant:
     max_failures: int
     named_run: bool = False
     always: bool = False  # the manager's public methods: whoever registers, supersedes
+    afresh: bool = False  # start over, whatever another task has done under this id
     gone: int = 0
     crashed: tuple[str, str] = ("", "")  # a writer, and what its process died of as far as Ray knows
     policy: Policy = PLAIN
@@ -222,7 +225,7 @@ def _order(owner: Owner) -> tuple[int, int]:
 def _after_end(head: Record, me: Claimant) -> Verdict:
     """A task that runs again gets its outcome; new work begins a new life, or after a failure goes on, but not for an older driver."""
     completed = head.outcome is None or head.outcome.status == "completed"
-    if head.owner.task_id == me.owner.task_id or (completed and me.named_run):
+    if head.owner.task_id == me.owner.task_id or (completed and me.named_run and not me.afresh):
         return "outcome"
     return "claim" if me.owner.epoch >= head.owner.epoch else "refuse"
 
@@ -273,6 +276,8 @@ def _load_once(numbers: list[int]) -> Generator[Op, Any, Loaded | None]:  # noqa
         elif head is None:
             head = record
             if _is_fresh(head):
+                if damaged not in ([], [number + 1]):  # more than the first save: all that retention has kept
+                    break
                 return Loaded(head, None, 0, tuple(damaged), tuple(numbers))
             wanted = head.points_to or number
             if wanted not in numbers:
@@ -320,7 +325,7 @@ def claim(me: Claimant, now: float) -> Generator[Op, Any, Granted | Finished | B
             return Refused(head)
         number = max(loaded.numbers, default=0) + 1
         record = claim_record(me, loaded, number, now)
-        created = yield from _create(number, encode_record(record))
+        created = yield from create(number, encode_record(record))
         numbers = yield List()
         if created and max(numbers, default=0) == number:
             if record.kind == "end":
@@ -349,6 +354,8 @@ def claim_record(me: Claimant, loaded: Loaded, number: int, now: float) -> Recor
         return base
     if head.kind == "end" and (head.outcome is None or head.outcome.status == "completed"):
         return replace_record(base, life=head.life + 1, predecessor="completed")
+    if me.afresh and head.owner.task_id != me.owner.task_id:  # Ray's next attempt of the same task resumes
+        return replace_record(base, life=head.life + 1, predecessor="started over")
     budget = next_budget(head)
     own = head.owner.writer == me.owner.writer  # nothing has run under it
     cancelled = me.crashed == (head.owner.writer, "cancelled")  # by force: it was given no time for a note
@@ -537,6 +544,12 @@ def retry_record(
     return (yield from _append(held, record))
 
 
+def condense(head: Record, now: float) -> Generator[Op, Any, bool]:
+    """Append an end like `head`, without its state. Returns False when somebody has claimed since."""
+    record = replace_record(head, number=head.number + 1, snapshot=None, points_to=0, saved_at=now)
+    return (yield from create(record.number, encode_record(record)))
+
+
 def superseded(held: Held) -> Generator[Op, Any, bool]:
     """Whether a later attempt owns the worker. A record of the holder's own that got no answer is no such thing."""
     numbers = yield List()
@@ -551,7 +564,7 @@ def _append(held: Held, record: Record) -> Generator[Op, Any, bool]:
     """Create the holder's next record, and take over what it says. Returns False when superseded."""
     again = held.unanswered is record
     held.unanswered = record  # until there is an answer: this procedure may be dropped at any op
-    if not (yield from _create(record.number, encode_record(record), again=again)):
+    if not (yield from create(record.number, encode_record(record), again=again)):
         return False
     held.unanswered = None
     held.last, held.durable, held.owner, held.token = record.number, record.snapshot, record.owner, record.token
@@ -576,7 +589,7 @@ def _next_retry(owner: Owner) -> Owner:
     return Owner(**{**fields, "local_retry": owner.local_retry + 1})
 
 
-def _create(number: int, data: bytes, *, again: bool = False) -> Generator[Op, Any, bool]:
+def create(number: int, data: bytes, *, again: bool = False) -> Generator[Op, Any, bool]:
     """Create a record of ours; False when somebody else's has that number or a higher one.
 
     "Exists" may be our own write, answered twice. After an unclear reply nothing is created again before a listing shows

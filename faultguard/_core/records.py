@@ -31,7 +31,9 @@ __all__ = [
     "decode_record",
     "encode_record",
     "left_last",
+    "open_envelope",
     "positions",
+    "seal",
 ]
 
 FORMAT = 1
@@ -71,7 +73,8 @@ class FailureRecord(msgspec.Struct, frozen=True, omit_defaults=True):
         pid: the process that failed.
         time: when it was recorded, seconds since the epoch.
         position: batches done per loop, outer to inner.
-        stacks: of a stall, the stack of every thread, at most 8192 characters. Only the newest failure keeps it.
+        stacks: of a stall, the stack of every thread, at most 8192 characters, and as many again of those with C frames, where py-spy
+            sees them. Only the newest failure keeps it.
         place: `position` with the names of the loops.
         pinned: whether it is known that the batch at `place` failed, and nothing around it.
     """
@@ -177,6 +180,7 @@ class Outcome(msgspec.Struct, frozen=True, omit_defaults=True):
     recorded: bool = False
     value: msgspec.Raw = msgspec.Raw(b"null")
     message: str = ""
+    arguments: dict[str, str] = {}  # in a named run: a digest of each plain one that the task was called with
 
 
 class Record(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
@@ -214,20 +218,28 @@ _decoder = msgspec.json.Decoder(Record)
 
 def encode_record(record: Record) -> bytes:
     """Put a record into its envelope."""
-    body = _encoder.encode(record)
-    return b"".join((_PREFIX, hashlib.sha256(body).hexdigest().encode(), _MIDDLE, body, b"}"))
+    return seal(_encoder.encode(record))
 
 
 def decode_record(data: bytes, number: int) -> Record | None:
     """Take a record out of its envelope; None when it is damaged, of another format, or not record `number`."""
+    body = open_envelope(data)
+    try:
+        record = _decoder.decode(body) if body is not None else None
+    except (msgspec.DecodeError, msgspec.ValidationError):
+        return None
+    return record if record is not None and record.number == number else None
+
+
+def seal(body: bytes) -> bytes:
+    """The envelope around a record's JSON."""
+    return b"".join((_PREFIX, hashlib.sha256(body).hexdigest().encode(), _MIDDLE, body, b"}"))
+
+
+def open_envelope(data: bytes) -> bytes | None:
+    """The JSON in an envelope; None when it is damaged, or of another format."""
     body = data[_BODY_START:-1]
     digest = data[len(_PREFIX) : len(_PREFIX) + _DIGEST_LENGTH]
     if data[: len(_PREFIX)] != _PREFIX or data[_BODY_START - len(_MIDDLE) : _BODY_START] != _MIDDLE or data[-1:] != b"}":
         return None
-    if hashlib.sha256(body).hexdigest().encode() != digest:
-        return None
-    try:
-        record = _decoder.decode(body)
-    except (msgspec.DecodeError, msgspec.ValidationError):
-        return None
-    return record if record.number == number else None
+    return body if hashlib.sha256(body).hexdigest().encode() == digest else None

@@ -1,0 +1,81 @@
+"""Which silent workers are looked at, when again, and what a probe that never answered means. Ray is played."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from faultguard import _ray
+from faultguard._core.silence import Verdict
+from faultguard._probe import Answer
+from faultguard._prober import Prober
+
+TIMEOUT_S = 60.0
+BEAT = {"task": "t", "worker_id": "w", "token": 7, "node_id": "n", "boot_id": "b", "pid": 1, "start_time": 2}
+
+
+class PlayedRay:
+    """Probes that end when the test says so; an answer of None is that of one that was killed."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.started = 0
+        self.done = False
+        self.answer: list[Answer] | None = None
+        self.alive = True
+        monkeypatch.setattr(_ray, "run_on_node", self._run)
+        monkeypatch.setattr(_ray, "is_done", lambda _: self.done)
+        monkeypatch.setattr(_ray, "result_or_none", lambda _: self.answer if self.done else None)
+        monkeypatch.setattr(_ray, "is_alive", lambda _: self.alive)
+
+    def _run(self, *_: Any) -> int:
+        self.started, self.done = self.started + 1, False
+        return self.started
+
+    def ends(self, verdict: Verdict | None) -> None:
+        """The probe that is on its way."""
+        self.done, self.answer = True, [Answer(verdict)] if verdict is not None else None
+
+
+@pytest.fixture
+def played(monkeypatch: pytest.MonkeyPatch) -> PlayedRay:
+    """A cluster of one node."""
+    return PlayedRay(monkeypatch)
+
+
+def test_a_probe_that_was_killed_says_nothing(played: PlayedRay) -> None:
+    """On a node that is alive it is sent again; only with its node a worker is gone."""
+    prober = Prober(TIMEOUT_S)
+    assert prober.step([BEAT], 0.0) == []
+    for now, alive, verdict in ((1.0, True, Verdict.UNKNOWN), (17.0, False, Verdict.GONE)):
+        played.alive = alive
+        played.ends(None)
+        (found,) = prober.step([BEAT], now)
+        assert found.verdict is verdict
+        prober.step([BEAT], now + TIMEOUT_S / 4)
+    assert played.started == 2
+
+
+def test_the_same_is_new_once(played: PlayedRay) -> None:
+    """However often it is looked at; again when something else was seen, or the worker was heard in between."""
+    prober = Prober(TIMEOUT_S)
+    news = []
+    for number, verdict in enumerate([Verdict.BUSY, Verdict.BUSY, Verdict.TRACED, Verdict.BUSY]):
+        prober.step([BEAT], 20.0 * number)
+        played.ends(verdict)
+        news += [found.is_new for found in prober.step([BEAT], 20.0 * number + 1)]
+    assert news == [True, False, True, True]
+    prober.step([], 100.0)
+    prober.step([BEAT], 101.0)
+    played.ends(Verdict.BUSY)
+    assert [found.is_new for found in prober.step([BEAT], 102.0)] == [True]
+
+
+def test_a_node_that_does_not_answer_is_told_once(played: PlayedRay) -> None:
+    """The probe stays on its way, for the node may come back."""
+    prober = Prober(TIMEOUT_S)
+    found = [each for now in (0.0, 30.0, 61.0, 90.0, 200.0) for each in prober.step([BEAT], now)]
+    assert [each.verdict for each in found] == [None]
+    assert played.started == 1
+    played.ends(Verdict.ALIVE)
+    assert [each.verdict for each in prober.step([BEAT], 201.0)] == [Verdict.ALIVE]
