@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from faultguard._core.records import Record
+    from tests.conftest import StartRun
 
 pytestmark = pytest.mark.ray
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # type: ignore[no-untyped-call] # workers cannot import a test
@@ -96,6 +97,17 @@ def test_poison_is_skipped_and_the_rest_is_exact(
     assert f"{len(end.failures)} failures survived, {len(poison)} quarantined, 0 not completed." in capfd.readouterr().err
 
 
+def test_a_named_run_knows_what_was_skipped(start_run: StartRun, trace: Trace, capfd: pytest.CaptureFixture[str]) -> None:
+    """Its last line counts it; started again, the outcome is that of the record, in which it stands."""
+    start_run(run="nightly")
+    assert ray.get(picky.remote("w", trace, {2: "exception"}), timeout=WAIT_S) == result({2})
+    faultguard.shutdown()
+    assert "closed: 1 completed (0 from the record), 3 failures survived, 1 quarantined." in capfd.readouterr().err
+    start_run(run="nightly", resume="always")
+    assert ray.get(picky.remote("w", trace, {2: "exception"}), timeout=WAIT_S) == result({2})
+    assert (attempts_at(trace, 2), attempts_at(trace, 3)) == (3, 1)
+
+
 @faultguard.recoverable(max_failures=3, on_poison="skip", backoff=NOWAIT, stall_timeout=0.3)
 @ray.remote(num_cpus=0.5)
 def stalls(worker_id: str, trace: Trace, poison: dict[int, str]) -> Any:
@@ -155,7 +167,7 @@ def test_a_block_skips_when_its_caller_retries(run: faultguard.Run, trace: Trace
     assert newest(run, "block").charged == 0
 
 
-def test_a_budget_too_small_for_it_is_refused(start_run: Any) -> None:
+def test_a_budget_too_small_for_it_is_refused(start_run: StartRun) -> None:
     """Also where `init` says it."""
     start_run(max_failures=2)
     few = faultguard.recoverable(on_poison="skip")(ray.remote(work))
