@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
@@ -16,7 +17,7 @@ from faultguard import _attempt, _ray
 from faultguard._core.budget import MAX_QUARANTINED, batch_of
 from faultguard._settings import Settings
 from faultguard.storage import open_store, store_id
-from tests.tasks import NOWAIT, Trace, assert_whole, die, records
+from tests.tasks import NOWAIT, Trace, assert_whole, die, hang, records
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -341,6 +342,22 @@ def test_at_most_a_hundred_are_quarantined(settings: Settings) -> None:
         execute(settings, count, on_poison="skip")
     assert caught.value.poison_batch == MAX_QUARANTINED
     assert "max_failures=3 allows 4 attempts without progress or quarantine" in str(caught.value)
+
+
+@pytest.mark.parametrize("swallowed", [False, True])
+def test_a_batch_that_stalls_three_times_is_quarantined(settings: Settings, swallowed: bool) -> None:
+    """The stall came out of it, at whatever instruction it arrived; or was swallowed there, and raised again at its end."""
+
+    def count() -> list[int]:
+        ckpt = faultguard.current()
+        for batch in ckpt.batches(range(4)):
+            with contextlib.suppress(faultguard.StalledError if swallowed else KeyError):
+                if batch == 2:
+                    hang()
+            ckpt.state.setdefault("seen", []).append(batch)
+        return [*ckpt.state["seen"], *ckpt.quarantined]
+
+    assert execute(settings, count, on_poison="skip", stall_timeout_s=0.4) == [0, 1, 3, (2,)]
 
 
 def test_trouble_of_the_store_is_no_batchs_doing(settings: Settings) -> None:
