@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import os
 import sys
@@ -28,7 +29,7 @@ from faultguard._core.records import Ended, FailureRecord, Outcome, Owner, Place
 from faultguard._core.schedule import Every, Schedule
 from faultguard._core.silence import Held
 from faultguard._handle import Checkpoint
-from faultguard._journal import Journal, superseded
+from faultguard._journal import Journal, insist, superseded
 from faultguard._log import StoredLog
 from faultguard._process import ProcessId, is_dead, this_process
 from faultguard._session import TaskContext, entered, leave_all
@@ -49,6 +50,8 @@ from faultguard.policy import Backoff, Matcher, OnPoison, matches, verdict
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+
+    from faultguard.storage import Store
 
 __all__ = ["OpenWorker", "TaskOptions", "Work", "cause_of_leaving", "check_arguments", "open_worker", "run_task"]
 
@@ -112,7 +115,7 @@ class OpenWorker:
         self._status = ""
         self._announced = False
         self.mark_every_s = settings.heartbeat_interval
-        self.held = Held(handle.task, handle.worker_id, handle.token)
+        self.held = Held(handle.task, handle.worker_id, handle.token, handle.run, handle.attempt)
         _held_here[journal.held.owner.writer] = self
         self.guard.on_timed = self._timed
         self.guard.on_change = self._remark
@@ -329,8 +332,9 @@ def open_worker(
     Raises:
         SupersededError: a later attempt of the same work has begun already.
         DuplicateWorkerError: another live task holds the worker.
+        CheckpointStoreError: there is no store here, or it has failed for too long.
     """
-    log = StoredLog(checked_store(settings), settings.log_prefix(options.name, worker_id))
+    log = StoredLog(_store(settings, identity, options.name, worker_id), settings.log_prefix(options.name, worker_id))
     process = this_process()
     owner = Owner(
         writer=uuid.uuid4().hex,
@@ -360,6 +364,29 @@ def open_worker(
     except BaseException as error:
         _give_back(log, owner, cause_of_leaving(error))
         raise
+
+
+def _store(settings: Settings, identity: _ray.Identity, task: str, worker_id: str) -> Store:
+    """The store of the run. An attempt that follows another one waits for it; a first one that finds none is told at once."""
+    if not identity.attempt:
+        return checked_store(settings)
+    return insist(lambda: checked_store(settings), settings.store_patience, _StoreTrouble(task, worker_id, settings.store_patience))
+
+
+class _StoreTrouble:
+    """Says once that a claim waits for the store."""
+
+    def __init__(self, task: str, worker_id: str, patience_s: float) -> None:
+        self._fields = {"task": task, "worker_id": worker_id}
+        self._text = f"'{task}/{worker_id}' cannot begin: {{}}. It tries again, and gives up after {patience_s:g} s."
+        self._told = False
+
+    def __call__(self, error: CheckpointStoreError) -> None:
+        if not self._told:
+            self._told = True
+            _events.emit(
+                logging.WARNING, "faultguard.store_failed", self._text.format(str(error).rstrip(".")), **self._fields, error=str(error)
+            )
 
 
 def _death_of_holder(log: StoredLog) -> tuple[str, str]:
@@ -393,10 +420,12 @@ def _open(
     if isinstance(granted, rules.Finished):
         return granted
     schedule = Schedule(options.every, time.monotonic())
-    journal = Journal(log, granted.held, schedule, options.keep)
+    journal = Journal(log, granted.held, schedule, options.keep, settings.store_patience)
     handle = _handle(settings, options, journal, schedule, granted.snapshot)
     if granted.damaged:
         _say_damaged(handle, granted.damaged)
+    if identity.attempt and granted.head is None:
+        _say_from_zero(handle)
     if granted.held.attempt > 1 and granted.held.failures:
         _say_resumed(handle, granted.held, me.max_failures, beside=True)
     if granted.head is not None and granted.head.life == granted.held.life:
@@ -430,8 +459,9 @@ def _claim(log: StoredLog, me: rules.Claimant, settings: Settings) -> rules.Gran
     """Claim, waiting for a holder of another task until it is known dead."""
     deadline = time.monotonic() + settings.heartbeat_timeout
     watched: tuple[int, float] | None = None  # newest record of the holder, and since when it is the newest
+    trouble = _StoreTrouble(me.task, me.worker_id, settings.store_patience)
     while True:
-        answer = log.run(rules.claim(me, time.time()))
+        answer = insist(functools.partial(_claim_once, log, me), settings.store_patience, trouble)
         if isinstance(answer, (rules.Granted, rules.Finished)):
             return answer
         if isinstance(answer, rules.Refused):
@@ -447,7 +477,7 @@ def _claim(log: StoredLog, me: rules.Claimant, settings: Settings) -> rules.Gran
             watched = (head.number, now)
         waited = dead is None and now - watched[1] >= settings.heartbeat_timeout
         silent = _is_silent(settings, me) if waited else False
-        if dead or silent:
+        if dead or silent or _has_given_up(settings, me, head):
             me = replace(me, gone=head.token, crashed=_death_of_holder(log))
         elif now >= deadline + (HOLDER_POLL_S if silent is False else PROBES_PER_CLAIM * settings.heartbeat_timeout):
             raise _duplicate(me, head, settings)
@@ -455,21 +485,39 @@ def _claim(log: StoredLog, me: rules.Claimant, settings: Settings) -> rules.Gran
             time.sleep(HOLDER_POLL_S)
 
 
+def _claim_once(log: StoredLog, me: rules.Claimant) -> rules.Granted | rules.Finished | rules.Blocked | rules.Refused:
+    return log.run(rules.claim(me, time.time()))
+
+
+def _has_given_up(settings: Settings, me: rules.Claimant, head: Record) -> bool:
+    """Whether the holder lives on without the worker: it said so with its final beat, and a store that was away has no note of it."""
+    heard = _last_beat(settings, me)
+    return heard is not None and heard["final_token"] == head.token
+
+
+def _last_beat(settings: Settings, me: rules.Claimant) -> dict[str, Any] | None:
+    """What the manager has heard of the holder; None: it cannot be asked."""
+    from faultguard._manager import find_or_make
+
+    try:
+        manager = find_or_make(settings, wait_s=MANAGER_WAIT_S)
+        heard: dict[str, Any] = _ray.get_within(manager.last_beat.remote(me.task, me.worker_id), MANAGER_WAIT_S)
+    except (ManagerUnavailableError, *_ray.UNREACHABLE):
+        return None
+    return heard
+
+
 def _is_silent(settings: Settings, me: rules.Claimant) -> bool | None:
     """Whether the manager has watched for long enough and heard nothing of the holder; None: it has, and asks on its node if it lives.
 
     Not to know is not silence.
     """
-    from faultguard._manager import find_or_make
-
-    try:
-        heard = _ray.get_within(find_or_make(settings, wait_s=MANAGER_WAIT_S).last_beat.remote(me.task, me.worker_id), MANAGER_WAIT_S)
-    except (ManagerUnavailableError, *_ray.UNREACHABLE):
+    heard = _last_beat(settings, me)
+    if heard is None:
         return False
-    age = heard["age_s"]
-    if age is None:
+    if heard["age_s"] is None:
         return bool(heard["uptime_s"] >= settings.heartbeat_timeout)
-    return (heard["doubted"] or None) if age >= settings.heartbeat_timeout else False
+    return (heard["doubted"] or None) if heard["age_s"] >= settings.heartbeat_timeout else False
 
 
 def _duplicate(me: rules.Claimant, head: Record, settings: Settings) -> DuplicateWorkerError:
@@ -730,6 +778,9 @@ class _Task:
         if isinstance(error, SupersededError):
             self._open.close("recovered")
             raise error
+        if isinstance(error, CheckpointStoreError):  # nobody's failure: who starts it again, when the store is back, goes on
+            self._open.leave(Ended("store", charged=False))
+            raise error
         failure = self._open.failure(error)
         try:
             journal.end(Outcome("failed", message=failure.message), journal.newest, failure)
@@ -890,6 +941,14 @@ def _say_leaves(handle: Checkpoint, failure: FailureRecord, why: str) -> None:
         f"process goes on, because {why}."
     )
     _events.emit(logging.WARNING, "faultguard.attempt_left", text, **handle.fields(), cause=failure.cause)
+
+
+def _say_from_zero(handle: Checkpoint) -> None:
+    text = (
+        f"'{handle.task}/{handle.worker_id}' finds nothing of the attempts before it: they died before they began, or its records were "
+        f"removed. It begins from zero."
+    )
+    _events.emit_beside(logging.WARNING, "faultguard.from_zero", text, **handle.fields())
 
 
 def _say_damaged(handle: Checkpoint, damaged: tuple[int, ...]) -> None:

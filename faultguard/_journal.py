@@ -6,7 +6,6 @@ make a worker look dead.
 
 from __future__ import annotations
 
-import functools
 import logging
 import math
 import threading
@@ -19,7 +18,7 @@ from faultguard._core import log as rules
 from faultguard._core.records import Ended
 from faultguard._core.schedule import NOW, snapshot_to_flush
 from faultguard._sidecar import Sidecar
-from faultguard.errors import CheckpointStoreError, SupersededError
+from faultguard.errors import CheckpointStoreError, OtherStoreError, SupersededError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -28,12 +27,32 @@ if TYPE_CHECKING:
     from faultguard._core.schedule import Schedule
     from faultguard._log import StoredLog
 
-__all__ = ["Journal"]
+__all__ = ["Journal", "insist"]
 
 T = TypeVar("T")
 STORE_RETRY_S = 1.0
 TIDY_DELAY_S = 0.1  # deleting beside the loop disturbs its next save: seldom, and several at once
-STORE_PATIENCE_S = 60.0  # how long a store may fail before the loop is told; nothing durable is lost meanwhile
+
+
+def insist(ask: Callable[[], T], patience_s: float, trouble: Callable[[CheckpointStoreError], None]) -> T:
+    """Ask the store for what cannot be done without, until it answers: one that fails for a moment must not end the work.
+
+    Args:
+        ask: fails with `CheckpointStoreError`, and may be tried again.
+        patience_s: for how long; then the error is raised.
+        trouble: is told each time.
+    """
+    deadline = time.monotonic() + patience_s
+    while True:
+        try:
+            return ask()
+        except OtherStoreError:
+            raise
+        except CheckpointStoreError as error:
+            if time.monotonic() >= deadline:
+                raise
+            trouble(error)
+        time.sleep(STORE_RETRY_S)
 
 
 class Journal:
@@ -44,9 +63,10 @@ class Journal:
         held: what the claim was granted.
         schedule: told of every write and its cost.
         keep: how many saves stay in the log, at least 2.
+        patience_s: how long the store may fail before the loop is told; nothing durable is lost meanwhile.
     """
 
-    def __init__(self, log: StoredLog, held: rules.Held, schedule: Schedule, keep: int) -> None:
+    def __init__(self, log: StoredLog, held: rules.Held, schedule: Schedule, keep: int, patience_s: float = 60.0) -> None:
         self.log = log
         self.held = held
         self.superseded = False
@@ -56,6 +76,7 @@ class Journal:
         self._excused = False
         self._schedule = schedule
         self.keep = keep
+        self._patience_s = patience_s
         self._lock = threading.Lock()  # one write in flight
         self._newest: Snapshot | None = None  # taken by this attempt or an earlier one of this process
         self._begins: Place = ()  # the batch that began right after `_newest`, where that is recorded
@@ -71,7 +92,7 @@ class Journal:
 
     def reopened(self, schedule: Schedule, keep: int) -> Journal:
         """For the next attempt of this process, after `retry`. What this one still deletes, and the next one writes, is one log."""
-        journal = Journal(self.log, self.held, schedule, keep)
+        journal = Journal(self.log, self.held, schedule, keep, self._patience_s)
         journal._lock = self._lock
         return journal
 
@@ -90,18 +111,18 @@ class Journal:
 
         Raises:
             SupersededError: a later attempt owns the worker.
-            CheckpointStoreError: the store did not take it.
+            CheckpointStoreError: the store has failed for too long.
         """
-        self._write_here(snapshot, (), self._write_newest)
+        self._write_here(snapshot, ())
 
     def pin(self, snapshot: Snapshot, begins: Place) -> None:
-        """Write a snapshot, and which batch begins right after it; durable on return. A store that fails for a moment is waited for.
+        """Write a snapshot, and which batch begins right after it; durable on return.
 
         Raises:
             SupersededError: a later attempt owns the worker.
             CheckpointStoreError: the store has failed for too long.
         """
-        self._write_here(snapshot, begins, lambda: self._insist(self._write_newest))
+        self._write_here(snapshot, begins)
 
     def skip_poison(self, skip: bool) -> None:  # noqa: FBT001 - what the block says
         """Whether a batch that fails three times in a row is quarantined, from now on."""
@@ -113,11 +134,14 @@ class Journal:
         self._due = NOW
         self._call_writer()
 
-    def _write_here(self, snapshot: Snapshot, begins: Place, write: Callable[[], None]) -> None:
-        with self._lock:
-            self._newest, self._begins = snapshot, begins
-            tidy = self._tidy_at == math.inf
-            write()
+    def _write_here(self, snapshot: Snapshot, begins: Place) -> None:
+        tidy = self._tidy_at == math.inf
+
+        def write() -> None:
+            self._newest, self._begins = snapshot, begins  # under the lock: the writer thread must not see one without the other
+            self._write_newest()
+
+        self._insist(write)
         if tidy and self._tidy_at < math.inf:
             self._call_writer()
         self.raise_if_superseded()
@@ -166,7 +190,7 @@ class Journal:
         """
         self.raise_if_superseded()
         since, error = self._failing_since, self._error  # the writer may clear them at any moment
-        if since is not None and error is not None and time.monotonic() - since > STORE_PATIENCE_S:
+        if since is not None and error is not None and time.monotonic() - since > self._patience_s:
             raise error
 
     def raise_if_superseded(self) -> None:
@@ -177,8 +201,7 @@ class Journal:
 
     def look(self) -> None:
         """Look into the log whether somebody is above; raise `SupersededError` then."""
-        with self._lock:
-            self._look()
+        self._insist(self._look)
         self.raise_if_superseded()
 
     def _look(self) -> None:
@@ -189,42 +212,41 @@ class Journal:
 
     def retry(self, failure: FailureRecord) -> None:
         """Record a failure, the newest snapshot and the claim of the next attempt, at once."""
-        with self._lock:
-            snapshot = snapshot_to_flush(self._newest, self.held.durable)
-            self._last(self._insist(lambda: self.log.run(rules.retry_record(self.held, snapshot, failure, time.time()))))
+        snapshot = self.newest
+        self._insist(lambda: self._last(self.log.run(rules.retry_record(self.held, snapshot, failure, time.time()))))
         self.raise_if_superseded()
 
     def leave(self, ended: Ended, failure: FailureRecord | None = None, *, patient: bool = False) -> None:
         """Note in the log, with the newest snapshot, that the attempt leaves, and why. `patient`: its successor is to find the note."""
-        with self._lock:
-            if self._closed:  # cut between its last record and its end: there is nothing left to say
-                return
-            snapshot = snapshot_to_flush(self._newest, self.held.durable)
-            write = functools.partial(self._save, snapshot, ended=ended, failure=failure)
-            self._last(self._insist(write) if patient else write())
-        self.raise_if_superseded()
+
+        def note() -> None:
+            if not self._closed:  # else it was cut between its last record and its end: there is nothing left to say
+                self._last(self._save(self.newest, ended=ended, failure=failure))
+                self.raise_if_superseded()
+
+        if patient:
+            self._insist(note)
+        else:
+            with self._lock:
+                note()
 
     def end(self, outcome: Outcome, snapshot: Snapshot | None, failure: FailureRecord | None = None) -> None:
         """Record the outcome, with the state that belongs to it."""
-        with self._lock:
-            ended = Ended("exception", charged=True) if failure is not None else None
-            self._last(self._insist(lambda: self._save(snapshot, ended=ended, failure=failure, outcome=outcome)))
+        ended = Ended("exception", charged=True) if failure is not None else None
+        self._insist(lambda: self._last(self._save(snapshot, ended=ended, failure=failure, outcome=outcome)))
         self.raise_if_superseded()
 
     def _save(self, snapshot: Snapshot | None, **what: Any) -> bool:
         saved: bool = self.log.run(rules.save(self.held, snapshot, time.time(), **what))
         return saved
 
-    def _insist(self, write: Callable[[], T]) -> T:
-        """Under the lock: a record without which the worker would be lost. A store that fails for a moment must not end it."""
-        deadline = time.monotonic() + STORE_PATIENCE_S
-        while True:
+    def _insist(self, ask: Callable[[], None]) -> None:
+        """Do, on the thread of the loop, what that cannot do without. Under the lock: a retry that the writer settles would count twice."""
+        with self._lock:
             try:
-                return write()
-            except CheckpointStoreError:  # noqa: PERF203 - trying again is the point
-                if time.monotonic() >= deadline:
-                    raise
-                time.sleep(STORE_RETRY_S)
+                insist(ask, self._patience_s, lambda error: self._trouble(error, time.monotonic()))
+            finally:  # whatever came of it, the next trouble is a new one
+                self._failing_since = self._error = None
 
     def close(self) -> None:
         """Let the writer thread go; after `leave`, `end` or `retry` nothing is pending. What it has not deleted, a later attempt does."""
@@ -303,8 +325,8 @@ class Journal:
             _events.emit(
                 logging.WARNING,
                 "faultguard.store_failed",
-                f"'{self.held.task}/{self.held.worker_id}' cannot save: {error}. It tries again, and ends the loop after "
-                f"{STORE_PATIENCE_S:.0f} s.",
+                f"'{self.held.task}/{self.held.worker_id}' cannot save: {str(error).rstrip('.')}. It tries again, and gives up after "
+                f"{self._patience_s:g} s.",
                 **self.fields(),
                 error=str(error),
             )

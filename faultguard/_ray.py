@@ -20,6 +20,7 @@ __all__ = [
     "NAMESPACE",
     "UNREACHABLE",
     "Identity",
+    "alive_nodes",
     "death_of",
     "draining_nodes",
     "function_and_options",
@@ -33,6 +34,7 @@ __all__ = [
     "is_ready",
     "is_ref",
     "is_remote_function",
+    "is_restarted",
     "job_is_over",
     "kv_get",
     "kv_put",
@@ -142,6 +144,16 @@ def job_is_over(job_id: str) -> bool:
 def draining_nodes() -> frozenset[str]:
     """Ids of the nodes that are being drained: soon they are taken away, and Ray starts nothing new there."""
     return frozenset(ray._private.state.state.get_draining_nodes())  # noqa: SLF001 - no public name
+
+
+def alive_nodes() -> list[str]:
+    """Ids of the nodes that Ray takes for alive."""
+    return [node["NodeID"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call] # untyped in Ray
+
+
+def is_restarted() -> bool:
+    """Whether the actor of this process took the place of an earlier process of its."""
+    return bool(ray.get_runtime_context().was_current_actor_reconstructed)
 
 
 def death_of(ray_worker: str) -> str:

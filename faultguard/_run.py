@@ -11,8 +11,7 @@ import msgspec
 from faultguard import _ray, _session, _settings
 from faultguard._core.names import check_worker_id, record_number
 from faultguard._core.records import FailureRecord, Outcome, Place, Record, decode_record
-from faultguard.errors import ManagerUnavailableError, UsageError
-from faultguard.storage import open_store
+from faultguard.errors import CheckpointStoreError, ManagerUnavailableError, UsageError
 
 if TYPE_CHECKING:
     import os
@@ -171,6 +170,10 @@ def shutdown(*, _failed: bool = False) -> None:
         else:
             for line in named.end(failed=_failed):
                 say(line)
+    except CheckpointStoreError as error:
+        if not _failed:
+            raise
+        say(f"the end of run {settings.run!r} could not be recorded: {error}")  # what ended it is to be seen, not this
     finally:
         end(settings)
 
@@ -224,7 +227,7 @@ class _Worker(msgspec.Struct, frozen=True, omit_defaults=True):
 
 def end_run(settings: Settings, *, failed: bool) -> None:
     """Keep the records of a run, drop the checkpoints of its completed workers, print the summary."""
-    store = open_store(settings.checkpoint_dir, create=False)
+    store = _settings.checked_store(settings)
     prefix = settings.run_prefix
     logs: dict[str, list[str]] = {}
     for key in store.list(prefix):

@@ -18,7 +18,7 @@ import msgspec
 
 from faultguard import _ray
 from faultguard._core.names import check_worker_id, encode_name
-from faultguard.errors import CheckpointStoreError, UsageError
+from faultguard.errors import OtherStoreError, UsageError
 from faultguard.storage import Store, open_store, store_id
 
 __all__ = ["Settings", "check_run_name", "checked_store", "decode_settings", "new_settings", "publish", "settings_of_job"]
@@ -42,6 +42,7 @@ class Settings(msgspec.Struct, frozen=True, omit_defaults=True):
     heartbeat_timeout: float = 60.0
     check_args: bool = True
     progress: bool = True
+    store_patience: float = 60.0  # how long a store may fail before the work is told
     cancels: int = 0  # how often this driver had cancelled when the work was submitted
     instance: int = 0  # a name that was closed starts anew
     epoch: int = 0  # of the driver: the later one wins
@@ -97,6 +98,7 @@ _OPTIONS: dict[str, tuple[type, Any]] = {
     "run": (str, None),
     "resume": (str, "auto"),
     "takeover": (bool, False),
+    "store_patience": (float, 60.0),
 }
 
 
@@ -129,6 +131,11 @@ def check_option(name: str, value: Any, source: str) -> Any:
     if name in {"heartbeat_interval", "heartbeat_timeout"}:
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < _DAY_S:
             msg = f"{source}={value!r} is refused; it takes seconds, more than 0 and less than a day"
+            raise UsageError(msg)
+        return float(value)
+    if name == "store_patience":
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < _DAY_S:
+            msg = f"{source}={value!r} is refused; it takes seconds, less than a day: 0 for no patience"
             raise UsageError(msg)
         return float(value)
     if not isinstance(value, bool):
@@ -245,7 +252,8 @@ def checked_store(settings: Settings) -> Store:
     """The run's store as this process sees it; the same object every time.
 
     Raises:
-        CheckpointStoreError: it is not the store that the driver chose.
+        CheckpointStoreError: it is not there.
+        OtherStoreError: it is not the store that the driver chose.
     """
     return _checked_store(settings.checkpoint_dir, settings.store_id)
 
@@ -260,5 +268,5 @@ def _checked_store(checkpoint_dir: str, expected: str) -> Store:
             f"directory is not shared between the nodes. Give checkpoint_dir a path on a file system that all nodes share, or an object "
             f"store, or use one node"
         )
-        raise CheckpointStoreError(msg)
+        raise OtherStoreError(msg)
     return store

@@ -25,6 +25,7 @@ __all__ = [
     "InputChangedError",
     "ManagerUnavailableError",
     "MaxFailuresExceeded",
+    "OtherStoreError",
     "RunInUseError",
     "RunMismatchError",
     "StalledError",
@@ -104,6 +105,10 @@ class CheckpointStoreError(FaultguardError):
 
 class AmbiguousReplyError(CheckpointStoreError):
     """The store did not say whether a create took place; the caller must read back."""
+
+
+class OtherStoreError(CheckpointStoreError):
+    """The path leads to another store than that of the driver; waiting does not change that."""
 
 
 class DuplicateWorkerError(FaultguardError):

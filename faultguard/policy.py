@@ -7,14 +7,13 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal, get_args
 
-from faultguard.errors import CheckpointStoreError, FaultguardError, StalledError, UsageError
+from faultguard.errors import FaultguardError, StalledError, UsageError
 
 __all__ = ["Backoff", "Matcher", "OnPoison", "check_matcher", "check_on_poison", "matches", "verdict"]
 
 Matcher = type[BaseException] | tuple[type[BaseException], ...] | Callable[[BaseException], "bool | timedelta"]
 OnPoison = Literal["fail", "skip"]
 LEAST_FOR_SKIP = 3  # failures until a batch is quarantined; a crash on the way to it may come first, and one that was no poison
-_RETRIED_OF_OURS = (StalledError, CheckpointStoreError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,9 +92,10 @@ def check_on_poison(call: str, on_poison: Any, max_failures: int | None = None) 
 def verdict(error: Exception, retry_on: Matcher, give_up_on: Matcher) -> bool | timedelta:
     """Whether an exception is retried; a timedelta says after which wait.
 
-    Errors of ours are not: they would come again (usage, serialisation, input), or somebody else goes on (superseded).
+    Errors of ours are not: they would come again (usage, serialisation, input), somebody else goes on (superseded), or it was tried
+    for long enough (store). A stall is the one that is a failure of the work.
     """
-    if isinstance(error, FaultguardError) and not isinstance(error, _RETRIED_OF_OURS):
+    if isinstance(error, FaultguardError) and not isinstance(error, StalledError):
         return False
     if matches(error, give_up_on):
         return False

@@ -86,8 +86,10 @@ class RandomSchedule(Schedule):
 class Attempt:
     """One attempt: its journal and its handle."""
 
-    def __init__(self, log: StoredLog, held: rules.Held, schedule: Schedule, state: dict[str, Any] | None, keep: int) -> None:
-        self.journal = Journal(log, held, schedule, keep)
+    def __init__(
+        self, log: StoredLog, held: rules.Held, schedule: Schedule, state: dict[str, Any] | None, keep: int, patience_s: float = 60.0
+    ) -> None:
+        self.journal = Journal(log, held, schedule, keep, patience_s)
         self.ckpt = Checkpoint(
             run=RUN,
             task=TASK,
@@ -133,9 +135,10 @@ class Attempt:
 class Worker:
     """A worker of one Ray task."""
 
-    def __init__(self, store: Store, worker_id: str = "w0", policy: Policy = PLAIN) -> None:
+    def __init__(self, store: Store, worker_id: str = "w0", policy: Policy = PLAIN, patience_s: float = 60.0) -> None:
         self.store = store
         self.policy = policy
+        self.patience_s = patience_s
         self.log = StoredLog(store, f"{RUN}/{TASK}/{encode_name(worker_id)}/")
         self.worker_id = worker_id
         self.task_id = uuid.uuid4().hex
@@ -148,11 +151,11 @@ class Worker:
         claimant = rules.Claimant(owner, TASK, self.worker_id, max_failures=-1, policy=self.policy)
         granted = self.log.run(rules.claim(claimant, time.time()))
         assert isinstance(granted, rules.Granted), granted
-        return Attempt(self.log, granted.held, schedule or Schedule(every, time.monotonic()), state, keep)
+        return Attempt(self.log, granted.held, schedule or Schedule(every, time.monotonic()), state, keep, self.patience_s)
 
     def retry(self, failed: Attempt, *, state: dict[str, Any] | None = None, schedule: Schedule | None = None, keep: int = 3) -> Attempt:
         """The attempt after a failure in the same process."""
-        return Attempt(self.log, failed.journal.held, schedule or Schedule(1, time.monotonic()), state, keep)
+        return Attempt(self.log, failed.journal.held, schedule or Schedule(1, time.monotonic()), state, keep, self.patience_s)
 
     def numbers(self) -> list[int]:
         """The numbers of all records."""

@@ -20,6 +20,7 @@ DEFAULTS = {
     "run": None,
     "resume": "auto",
     "takeover": False,
+    "store_patience": 60.0,
 }
 OTHERS = {  # an argument, and the environment with its value
     "max_failures": (7, "-1", -1),
@@ -30,6 +31,7 @@ OTHERS = {  # an argument, and the environment with its value
     "run": ("nightly", "weekly", "weekly"),
     "resume": ("never", "always", "always"),
     "takeover": (False, "1", True),
+    "store_patience": (5, "0", 0.0),
 }
 IDENTITY = _ray.Identity(job_id="01000000", node_id="ab", task_id="driver", attempt=0, task_name="driver", function_name="")
 
@@ -90,6 +92,14 @@ def test_bad_seconds_are_refused(name: str, value: object) -> None:
     with pytest.raises(UsageError) as refused:
         option(name, value)
     assert str(refused.value) == f"{name}={value!r} is refused; it takes seconds, more than 0 and less than a day"
+
+
+@pytest.mark.parametrize("value", [-1, 86_400, float("nan"), True, "5"])
+def test_bad_patience_is_refused(value: object) -> None:
+    """It may be none."""
+    with pytest.raises(UsageError) as refused:
+        option("store_patience", value)
+    assert str(refused.value) == f"store_patience={value!r} is refused; it takes seconds, less than a day: 0 for no patience"
 
 
 @pytest.mark.parametrize("name", ["check_args", "progress"])
