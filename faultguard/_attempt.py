@@ -55,7 +55,7 @@ MAX_MESSAGE = 1000
 DEFAULT_KEEP = 3
 POISON_FAILURES = 3
 HOLDER_POLL_S = 0.2
-PROBES_PER_CLAIM = 2  # a probe of a node that does not answer is given up after `heartbeat_timeout`
+PROBE_WAIT_S = 90.0  # for a look at the node of a silent holder
 LONG_WAIT_S = 1.0  # shorter waits are not worth a call
 MANAGER_WAIT_S = 10.0
 FIRST_BEAT_WAIT_S = 2.0
@@ -406,7 +406,7 @@ def _claim(log: StoredLog, me: rules.Claimant, settings: Settings) -> rules.Gran
         silent = _is_silent(settings, me) if waited else False
         if dead or silent:
             me = replace(me, gone=head.token, crashed=_death_of_holder(log))
-        elif now >= deadline + (HOLDER_POLL_S if silent is False else PROBES_PER_CLAIM * settings.heartbeat_timeout):
+        elif now >= deadline + (HOLDER_POLL_S if silent is False else PROBE_WAIT_S):
             raise _duplicate(me, head, settings)
         else:
             time.sleep(HOLDER_POLL_S)

@@ -24,7 +24,7 @@ POLL_S = 0.005
 
 @dataclass(frozen=True, slots=True)
 class Silent:
-    """A worker that nothing is heard of, the process that held it, and when an earlier probe saw it run and stand still."""
+    """A worker that nothing is heard of, the process that held it, and since when earlier probes saw it as it is."""
 
     worker: Held
     process: ProcessId
@@ -68,9 +68,10 @@ def _look(process: ProcessId) -> Look:
 
 def _decide(silent: Silent, first: Look, timeout_s: float) -> Answer:
     second = _look(silent.process)
-    stood = silent.stood if silent.stood is not None and silent.stood.mark == second.mark else first
-    verdict = _carry_out(silent, judge(silent.worker, first if first.stopped else stood, second, timeout_s), second)
-    return Answer(verdict, stood if not (first.stopped or second.stopped) else None)
+    known, seen = silent.stood, (second.mark, second.stopped)
+    stood = known if known is not None and (known.mark, known.stopped) == seen == (first.mark, first.stopped) else first
+    verdict = _carry_out(silent, judge(silent.worker, stood, second, timeout_s), second)
+    return Answer(verdict, stood if stood.stopped == second.stopped else None)
 
 
 def _carry_out(silent: Silent, verdict: Verdict, second: Look) -> Verdict:

@@ -50,7 +50,7 @@ class _Live:
     heard: float
     heard_at: float
     silent: bool = False
-    doubted: bool = False  # a probe on its node did not find its process, or could not be made
+    doubted: bool = False  # a probe on its node did not find its process
 
     @property
     def final(self) -> bool:
