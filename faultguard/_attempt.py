@@ -58,7 +58,7 @@ HOLDER_POLL_S = 0.2
 PROBE_WAIT_S = 90.0  # for a look at the node of a silent holder
 LONG_WAIT_S = 1.0  # shorter waits are not worth a call
 MANAGER_WAIT_S = 10.0
-FIRST_BEAT_WAIT_S = 2.0
+FIRST_BEAT_WAIT_S = 10.0  # where a manager has to be made first; else it takes milliseconds
 LAST_WORDS_S = 30.0  # for the record of a process that is ended because it hangs; after that its successor calls it a crash
 
 

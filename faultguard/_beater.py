@@ -56,13 +56,13 @@ class Source(Protocol):
 
 @dataclass(slots=True, eq=False)
 class _Client:
-    """A registered source: when its first beat is due, and whether it was ever sent one."""
+    """A registered source: when its first beat is due, whether it was ever sent one, and whether that was tried at least."""
 
     source: Source
     first: float
     begun: bool = False
     beaten: bool = False
-    sent: threading.Event = field(default_factory=threading.Event)
+    tried: threading.Event = field(default_factory=threading.Event)
 
 
 def register(source: Source) -> None:
@@ -76,10 +76,10 @@ def register(source: Source) -> None:
 def hurry(source: Source, wait_s: float) -> None:
     """Let a worker that has not beaten yet do so now, and wait so long for it."""
     client = _clients.get(id(source))
-    if client is not None and not client.sent.is_set() and _ray.is_ready():
+    if client is not None and not client.tried.is_set() and _ray.is_ready():
         client.first = time.monotonic()
         _beater.wake()
-        client.sent.wait(wait_s)
+        client.tried.wait(wait_s)
 
 
 def unregister(source: Source) -> None:
@@ -136,10 +136,12 @@ class _Line:
         except (ManagerUnavailableError, ray.exceptions.RayError) as error:
             self._drop(error)
             return
+        finally:
+            for client in clients:
+                client.tried.set()
         self._sent = time.monotonic()
         for client in clients:
             client.beaten = True
-            client.sent.set()
         if not self._settle(REPLY_S):
             self._due = time.monotonic() + REPLY_S
 
