@@ -8,11 +8,13 @@ import signal
 import subprocess
 import sys
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import msgspec
 import pytest
+from msgspec.structs import replace
 
-from faultguard import _marks, _ray
+from faultguard import _marks, _probe, _ray
 from faultguard._core.silence import Held, Look, Mark, Verdict, judge
 from faultguard._probe import Silent, probe
 from faultguard._process import ProcessId, _boot_id, _stat
@@ -147,6 +149,34 @@ def test_a_timeout_counts_from_when_it_was_seen_to_run(children: list[Child], tm
     (second,) = probe([child.asked(look=first.stood)], TIMEOUT_S, SETTLE_S)
     assert second.verdict is Verdict.KILL_STALLED
     assert child.popen.wait(10) == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("was_stopped", [False, True])
+def test_a_sign_of_life_at_the_last_moment(
+    was_stopped: bool, children: list[Child], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It marked its file after the last look, and before it was stopped for the end: it goes on."""
+    child = start(children, tmp_path, kill_after_s=0.01)
+    if was_stopped:
+        child.popen.send_signal(signal.SIGSTOP)
+        wait_until(lambda: not child.lives())
+    (first,) = probe([child.asked()], 60.0, SETTLE_S)
+    path = tmp_path / "faultguard" / f"{child.process.pid}-{child.process.start_time}.json"
+
+    def judge_late(*arguments: Any) -> Verdict:
+        verdict = judge(*arguments)
+        mark = _marks.read(child.process)
+        assert mark is not None
+        path.write_bytes(msgspec.json.encode(replace(mark, stamp=mark.stamp + 0.01)))
+        return verdict
+
+    monkeypatch.setattr(_probe, "judge", judge_late)
+    time.sleep(TIMEOUT_S)
+    look = _probe._look(child.process)
+    stood = Look(look.now - 2 * TIMEOUT_S, exists=True, stopped=look.stopped, mark=look.mark)
+    assert first.verdict is Verdict.ALIVE
+    assert ask(child.asked(look=stood)) is Verdict.ALIVE
+    assert child.lives()
 
 
 def test_another_worker_by_now(children: list[Child], tmp_path: Path) -> None:
