@@ -30,6 +30,7 @@ from faultguard._core.silence import Held
 from faultguard._handle import Checkpoint
 from faultguard._journal import Journal, superseded
 from faultguard._log import StoredLog
+from faultguard._probe import ending_of
 from faultguard._process import ProcessId, is_dead, this_process
 from faultguard._session import TaskContext, entered, leave_all
 from faultguard._settings import Settings, checked_store
@@ -324,15 +325,19 @@ def open_worker(
         raise
 
 
-def _death_of_holder(log: StoredLog) -> tuple[str, str]:
-    """Who held the worker, and what its process died of: for the history only, so whatever cannot be found out is a crash."""
+def _death_of_holder(log: StoredLog) -> tuple[str, str, str]:
+    """Who held the worker, what its process died of, and where it stood: for the history only, so what cannot be found out is a crash."""
     try:
         head = log.newest()
         if head is not None and head.ended is None and head.owner.ray_worker:
-            return head.owner.writer, _ray.death_of(head.owner.ray_worker) or "crash"
+            owner = head.owner
+            ending = ending_of(ProcessId(owner.boot_id, owner.pid, owner.start_time))
+            if ending is not None:
+                return owner.writer, ending.cause, ending.stacks
+            return owner.writer, _ray.death_of(owner.ray_worker) or "crash", ""
     except Exception as trouble:  # noqa: BLE001 - a log that cannot be read is told by the claim
         _events.emit(logging.DEBUG, "faultguard.death_unknown", f"what the last attempt died of is not known: {trouble}")
-    return "", ""
+    return "", "", ""
 
 
 def _give_back(log: StoredLog, owner: Owner, cause: str) -> None:
