@@ -56,12 +56,12 @@ def wait_until_heard(worker: str) -> None:
 
 @faultguard.recoverable(every=1, backoff=NOWAIT)
 @ray.remote(num_cpus=0.5)
-def steps(worker_id: str, n: int, seconds: float, trace: Trace) -> Any:
-    """A loop that takes its time."""
+def steps(worker_id: str, n: int, seconds: float, trace: Trace, then_s: float | None = None) -> Any:
+    """A loop that takes its time, another one in its later attempts."""
     ckpt = faultguard.current()
     for batch in ckpt.batches(range(n)):
         trace.note("batch", worker_id, attempt=ckpt.attempt, batch=batch)
-        time.sleep(seconds)
+        time.sleep(seconds if ckpt.attempt == 1 or then_s is None else then_s)
         ckpt.state["sum"] = ckpt.state.get("sum", 0) + batch
         ckpt.state.setdefault("seen", []).append(batch)
     return result(ckpt)
@@ -228,11 +228,11 @@ def attempts(trace: Trace) -> set[int]:
 def test_a_stopped_worker_is_replaced(start_run: StartRun, trace: Trace, ray_cluster: str) -> None:
     """Nobody continues it: its process is ended, and the next attempt does the rest. It is charged as the crash that it is."""
     run = start_run(heartbeat_interval=INTERVAL_S, heartbeat_timeout=TIMEOUT_S)
-    ref = steps.remote("replaced", 30, 0.1, trace)
+    ref = steps.remote("replaced", 60, 0.5, trace, 0.02)
     pid = int(wait_until(lambda: trace.notes("batch"))[0]["pid"])
     wait_until_heard("replaced")
     os.kill(pid, signal.SIGSTOP)
-    assert ray.get(ref, timeout=WAIT_S) == expected(30)
+    assert ray.get(ref, timeout=WAIT_S) == expected(60)
     assert attempts(trace) == {1, 2}
     assert [failure.cause for failure in records(run, "steps", "replaced")[-1].failures] == ["stopped"]
     assert len(wait_until(lambda: told(ray_cluster, "'steps/replaced' attempt 1 was stopped by a signal; its process is ended"))) == 1
