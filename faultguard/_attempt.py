@@ -31,6 +31,7 @@ from faultguard._core.silence import Held
 from faultguard._handle import Checkpoint
 from faultguard._journal import Journal, insist, superseded
 from faultguard._log import StoredLog
+from faultguard._probe import ending_of
 from faultguard._process import ProcessId, is_dead, this_process
 from faultguard._session import TaskContext, entered, leave_all
 from faultguard._settings import Settings, checked_store
@@ -59,10 +60,10 @@ MAX_RESULT_BYTES = 1 << 20
 MAX_MESSAGE = 1000
 DEFAULT_KEEP = 3
 HOLDER_POLL_S = 0.2
-PROBES_PER_CLAIM = 2  # a probe of a node that does not answer is given up after `heartbeat_timeout`
+PROBE_WAIT_S = 90.0  # for a look at the node of a silent holder
 LONG_WAIT_S = 1.0  # shorter waits are not worth a call
 MANAGER_WAIT_S = 10.0
-FIRST_BEAT_WAIT_S = 2.0
+FIRST_BEAT_WAIT_S = 10.0  # where a manager has to be made first; else it takes milliseconds
 LAST_WORDS_S = 30.0  # for the record of a process that is ended because it hangs; after that its successor calls it a crash
 
 
@@ -389,15 +390,19 @@ class _StoreTrouble:
             )
 
 
-def _death_of_holder(log: StoredLog) -> tuple[str, str]:
-    """Who held the worker, and what its process died of: for the history only, so whatever cannot be found out is a crash."""
+def _death_of_holder(log: StoredLog) -> tuple[str, str, str]:
+    """Who held the worker, what its process died of, and where it stood: for the history only, so what cannot be found out is a crash."""
     try:
         head = log.newest()
         if head is not None and head.ended is None and head.owner.ray_worker:
-            return head.owner.writer, _ray.death_of(head.owner.ray_worker) or "crash"
+            owner = head.owner
+            ending = ending_of(ProcessId(owner.boot_id, owner.pid, owner.start_time))
+            if ending is not None:
+                return owner.writer, ending.cause, ending.stacks
+            return owner.writer, _ray.death_of(owner.ray_worker) or "crash", ""
     except Exception as trouble:  # noqa: BLE001 - a log that cannot be read is told by the claim
         _events.emit(logging.DEBUG, "faultguard.death_unknown", f"what the last attempt died of is not known: {trouble}")
-    return "", ""
+    return "", "", ""
 
 
 def _give_back(log: StoredLog, owner: Owner, cause: str) -> None:
@@ -479,7 +484,7 @@ def _claim(log: StoredLog, me: rules.Claimant, settings: Settings) -> rules.Gran
         silent = _is_silent(settings, me) if waited else False
         if dead or silent or _has_given_up(settings, me, head):
             me = replace(me, gone=head.token, crashed=_death_of_holder(log))
-        elif now >= deadline + (HOLDER_POLL_S if silent is False else PROBES_PER_CLAIM * settings.heartbeat_timeout):
+        elif now >= deadline + (HOLDER_POLL_S if silent is False else PROBE_WAIT_S):
             raise _duplicate(me, head, settings)
         else:
             time.sleep(HOLDER_POLL_S)

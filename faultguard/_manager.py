@@ -310,7 +310,7 @@ class RecoveryManagerActor:
         for said, verdict, is_new in self._prober.step(self._live.silent(), time.monotonic()):
             if verdict is Verdict.ALIVE:
                 self._live.found(said, time.monotonic())
-            elif verdict not in _THERE:
+            elif verdict not in _UNDECIDED:
                 self._live.not_found(said)
             if is_new:
                 _say_found(said, verdict)
@@ -323,6 +323,7 @@ _FOUND = {
     Verdict.ALIVE: "lives: only its heartbeats do not arrive",
     Verdict.GONE: "is not held by its process any more",
     Verdict.BUSY: "stands still, and may have a reason, such as C code that holds the interpreter; with stall_timeout=... that would end",
+    Verdict.STOPPED: "is stopped by a signal; if that lasts for heartbeat_timeout, its process is ended",
     Verdict.TRACED: "stands still in a debugger",
     Verdict.UNKNOWN: "cannot be seen from its node",
     Verdict.KILL_STOPPED: "was stopped by a signal; its process is ended, and Ray starts anew",
@@ -330,7 +331,7 @@ _FOUND = {
     None: "is on a node that does not answer; Ray decides about that",
 }
 _QUIET = {Verdict.ALIVE, Verdict.GONE}
-_THERE = {Verdict.BUSY, Verdict.TRACED}
+_UNDECIDED = {Verdict.BUSY, Verdict.STOPPED, Verdict.TRACED, None}  # it may be healthy: Ray says when its node is lost
 
 
 def _say_silent(beat: Mapping[str, Any]) -> None:

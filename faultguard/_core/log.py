@@ -116,7 +116,7 @@ class Claimant:
     always: bool = False  # the manager's public methods: whoever registers, supersedes
     afresh: bool = False  # start over, whatever another task has done under this id
     gone: int = 0
-    crashed: tuple[str, str] = ("", "")  # a writer, and what its process died of as far as Ray knows
+    crashed: tuple[str, str, str] = ("", "", "")  # a writer, what its process died of as far as anybody knows, and where it stood
     policy: Policy = PLAIN
 
 
@@ -364,7 +364,7 @@ def claim_record(me: Claimant, loaded: Loaded, number: int, now: float) -> Recor
         return replace_record(base, life=head.life + 1, predecessor="started over")
     budget = next_budget(head)
     own = head.owner.writer == me.owner.writer  # nothing has run under it
-    cancelled = me.crashed == (head.owner.writer, "cancelled")  # by force: it was given no time for a note
+    cancelled = me.crashed[:2] == (head.owner.writer, "cancelled")  # by force: it was given no time for a note
     crashed = 0 if own or cancelled else cost_of_crash(head)
     if crashed:
         policy = replace(me.policy, skip_poison=me.policy.skip_poison or bool(head.begins))  # which a block may have asked for
@@ -401,17 +401,19 @@ def _end_of(head: Record, *, own: bool) -> str:
     return head.predecessor if own else "failed"
 
 
-def _crash(head: Record, snapshot: Snapshot | None, now: float, crashed: tuple[str, str]) -> FailureRecord:
+def _crash(head: Record, snapshot: Snapshot | None, now: float, crashed: tuple[str, str, str]) -> FailureRecord:
     """The failure of an attempt that left no word: known by its last record."""
     owner = head.owner
+    _, cause, stacks = crashed if crashed[0] == owner.writer else ("", "crash", "")
     return FailureRecord(
-        cause=crashed[1] if crashed[0] == owner.writer else "crash",
+        cause=cause,
         attempt=head.attempt,
         batch=snapshot.batch if snapshot else 0,
         node_id=owner.node_id,
         pid=owner.pid,
         time=now,
         position=snapshot.position if snapshot else (),
+        stacks=stacks,
         place=head.begins or (snapshot.place if snapshot else ()),
         pinned=bool(head.begins),
     )
