@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from faultguard._core.records import Record
 
 NODES = 2  # that work; the third is the head
-WAIT_S = 180  # for what must come; a machine with other work on it is slow
+WAIT_S = 300  # for what must come; a machine with other work on it is slow
 CLOSING_S = 600  # for all to complete
 PAUSE_S = 2.0
 PR_SET_CHILD_SUBREAPER = 36
