@@ -28,6 +28,7 @@ from faultguard._core.budget import exhausted, is_charged
 from faultguard._core.records import Ended, FailureRecord, Outcome, Owner, Record, Snapshot
 from faultguard._core.schedule import Every, Schedule
 from faultguard._core.silence import Held
+from faultguard._elsewhere import Elsewhere, NotBegunError, failed_on, failures_before
 from faultguard._handle import Checkpoint
 from faultguard._journal import Journal, insist, superseded
 from faultguard._log import StoredLog
@@ -40,6 +41,7 @@ from faultguard.errors import (
     CheckpointNotSerializableError,
     CheckpointStoreError,
     DuplicateWorkerError,
+    FaultguardError,
     ManagerUnavailableError,
     StalledError,
     SupersededError,
@@ -146,6 +148,7 @@ class OpenWorker:
             "position": handle.position,
             "total_batches": handle.total_batches,
             "node_id": self._identity.node_id,
+            "home_id": self._identity.home_id,
             "boot_id": held.owner.boot_id,
             "pid": held.owner.pid,
             "start_time": held.owner.start_time,
@@ -480,18 +483,51 @@ def _duplicate(me: rules.Claimant, head: Record, settings: Settings) -> Duplicat
 # --- running --------------------------------------------------------------------------------------------------------
 
 
-def run_task(settings: Settings, identity: _ray.Identity, options: TaskOptions, worker_id: str, work: Work) -> Any:
-    """Run a decorated task to its outcome: the value, or the error that Ray is to report."""
+def run_task(
+    settings: Settings,
+    identity: _ray.Identity,
+    options: TaskOptions,
+    worker_id: str,
+    work: Work,
+    *,
+    elsewhere: Elsewhere | None = None,
+    local_retry: int = 0,
+) -> Any:
+    """Run a decorated task to its outcome: the value, or the error that Ray is to report. `elsewhere`: it may go to another node."""
     max_failures = options.max_failures if options.max_failures is not None else settings.max_failures
     if settings.cancels < _beater.cancelled_all(settings):
         raise Cancelled(f"'{options.name}/{worker_id}' was cancelled by {CALLS} before it began")
+    log = functools.partial(_newest, settings, options.name, worker_id)
+    moves = elsewhere is not None and identity.attempt > 0 and failed_on(identity.node_id, failures_before(log()))
     try:
-        opened = open_worker(settings, identity, options, worker_id, max_failures=max_failures, leaves=True)
-        if isinstance(opened, rules.Finished):
-            return _recorded(opened, settings, options, work, max_failures)
-        return _Task(opened, settings, identity, options, work=work, max_failures=max_failures).run()
+        while True:
+            if elsewhere is not None and moves:
+                with contextlib.suppress(NotBegunError):
+                    return elsewhere.run(local_retry, log, leave_process)
+                local_retry += 1  # should it begin after all, this one is the later
+            opened = open_worker(settings, identity, options, worker_id, max_failures=max_failures, local_retry=local_retry, leaves=True)
+            if isinstance(opened, rules.Finished):
+                return _recorded(opened, settings, options, work, max_failures)
+            value = _Task(opened, settings, identity, options, work=work, max_failures=max_failures, elsewhere=elsewhere).run()
+            if not isinstance(value, _Moves):
+                return value
+            moves, local_retry = True, value.local_retry
     finally:
         leave_all()
+
+
+@dataclass(frozen=True, slots=True)
+class _Moves:
+    """In the place of a value: the attempt has left its worker, and the next one, which orders itself so, prefers another node."""
+
+    local_retry: int
+
+
+def _newest(settings: Settings, task: str, worker_id: str) -> Record | None:
+    """The newest record of a worker; None where there is none, or it cannot be read, which the claim tells."""
+    with contextlib.suppress(FaultguardError):
+        return StoredLog(checked_store(settings), settings.log_prefix(task, worker_id)).newest()
+    return None
 
 
 def _recorded(finished: rules.Finished, settings: Settings, options: TaskOptions, work: Work, max_failures: int) -> Any:
@@ -515,7 +551,15 @@ class _Task:
     """A claimed task: its attempts in this process, one after another."""
 
     def __init__(
-        self, opened: OpenWorker, settings: Settings, identity: _ray.Identity, options: TaskOptions, *, work: Work, max_failures: int
+        self,
+        opened: OpenWorker,
+        settings: Settings,
+        identity: _ray.Identity,
+        options: TaskOptions,
+        *,
+        work: Work,
+        max_failures: int,
+        elsewhere: Elsewhere | None = None,
     ) -> None:
         self._settings = settings
         self._identity = identity
@@ -523,6 +567,8 @@ class _Task:
         self._work = work
         self._open = opened
         self._max_failures = max_failures
+        self._elsewhere = elsewhere
+        self._moves: _Moves | None = None
         self._wait_s: float | None = None  # what a predicate said
         self._retried = False  # whether the last exception is one that is retried at all
 
@@ -560,7 +606,7 @@ class _Task:
         def attempt() -> Any:
             if pending:
                 raise pending.pop()
-            return self._attempt()
+            return self._moves or self._attempt()
 
         retrying = tenacity.Retrying(
             retry=tenacity.retry_if_exception(self._survives),
@@ -648,6 +694,8 @@ class _Task:
         traceback.clear_frames(error.__traceback__)  # what the failed attempt held must not meet the next one
         if not self._work.repeatable:
             self._leave_for_new_arguments(failure)
+        if self._goes_elsewhere(failure):
+            return
         before, journal = self._open, self._journal
         before.close("recovered")
         try:
@@ -660,9 +708,19 @@ class _Task:
         self._open = OpenWorker(self._settings, self._identity, reopened, handle, leaves=True)
         _say_resumed(handle, journal.held, self._max_failures, state.next_action.sleep)
 
+    def _goes_elsewhere(self, failure: FailureRecord) -> bool:
+        """After the second failure in a row on this node: leave the worker to an attempt on another one, if there is one."""
+        held = self._journal.held
+        if self._elsewhere is None or not failed_on(self._identity.node_id, (*held.failures, failure)) or not self._elsewhere.is_there():
+            return False
+        self._moves = _Moves(held.owner.local_retry + 1)
+        self._journal.leave(Ended("exception", charged=True), failure, patient=True)
+        self._open.close("recovered")
+        return True
+
     def _leave_for_new_arguments(self, failure: FailureRecord) -> NoReturn:
         """The arguments cannot be had twice in this process, and may have been changed: let Ray bring them anew."""
-        self._journal.leave(Ended("exception", charged=True), failure)
+        self._journal.leave(Ended("exception", charged=True), failure, patient=True)
         self._open.close("recovered")
         _say_leaves(self._open.handle, failure)
         leave_process()

@@ -187,14 +187,18 @@ class Journal:
         self._insist(lambda: self._last(self.log.run(rules.retry_record(self.held, snapshot, failure, time.time()))))
         self.raise_if_superseded()
 
-    def leave(self, ended: Ended, failure: FailureRecord | None = None) -> None:
-        """Note in the log, with the newest snapshot, that the attempt leaves, and why."""
-        with self._lock:
-            if self._closed:  # cut between its last record and its end: there is nothing left to say
-                return
-            snapshot = snapshot_to_flush(self._newest, self.held.durable)
-            saved = self.log.run(rules.save(self.held, snapshot, time.time(), ended=ended, failure=failure))
-            self._last(saved)
+    def leave(self, ended: Ended, failure: FailureRecord | None = None, *, patient: bool = False) -> None:
+        """Note in the log, with the newest snapshot, that the attempt leaves, and why. `patient`: it has the time to wait for the store."""
+
+        def write() -> None:
+            if not self._closed:  # else it was cut between its last record and its end: there is nothing left to say
+                self._last(self.log.run(rules.save(self.held, self.newest, time.time(), ended=ended, failure=failure)))
+
+        if patient:
+            self._insist(write)
+        else:
+            with self._lock:
+                write()
         self.raise_if_superseded()
 
     def end(self, outcome: Outcome, snapshot: Snapshot | None, failure: FailureRecord | None = None) -> None:

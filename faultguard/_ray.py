@@ -14,9 +14,10 @@ import ray
 from faultguard.errors import UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
 __all__ = [
+    "LOST",
     "NAMESPACE",
     "UNREACHABLE",
     "Identity",
@@ -25,6 +26,7 @@ __all__ = [
     "function_and_options",
     "get_within",
     "identity",
+    "in_placement_group",
     "is_actor_class",
     "is_done",
     "is_driver",
@@ -35,10 +37,14 @@ __all__ = [
     "job_is_over",
     "kv_get",
     "kv_put",
+    "needs_of_task",
+    "node_with_room",
     "options_at_submission",
+    "outcome_of",
     "refuse_client_mode",
     "result_or_none",
     "run_on_node",
+    "run_there",
     "session_dir",
     "session_name",
     "was_terminated",
@@ -60,6 +66,7 @@ class Identity:
     function_name: str
     in_actor: bool = False
     ray_worker: str = ""
+    home_id: str = ""  # of the node where the task waits that runs on this one
 
 
 def is_ready() -> bool:
@@ -202,6 +209,7 @@ def was_terminated(error: SystemExit) -> bool:
     return "ray_terminate_msg" in vars(error)
 
 
+LOST = (ray.exceptions.RayError,)
 UNREACHABLE = (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError, ray.exceptions.RaySystemError)
 
 
@@ -217,6 +225,60 @@ def run_on_node(function: Callable[..., Any], node_id: str, *args: Any) -> Any:
     strategy = NodeAffinitySchedulingStrategy(node_id, soft=False)
     task: Any = ray.remote(num_cpus=0, max_retries=0)(function)
     return task.options(scheduling_strategy=strategy).remote(*args)
+
+
+def in_placement_group() -> bool:
+    """Whether the task of this thread runs in one, which says where its own tasks run."""
+    return ray.get_runtime_context().get_placement_group_id() is not None
+
+
+def needs_of_task() -> dict[str, float]:
+    """The resources that the running task was given."""
+    context: Any = ray.get_runtime_context()
+    needs: dict[str, float] = context.get_assigned_resources()
+    return {name: amount for name, amount in needs.items() if not name.startswith("node:")}
+
+
+def node_with_room(needs: Mapping[str, float], not_on: str) -> str:
+    """The node that has most CPUs free, of those that have room for a task now and are not being drained; empty: none."""
+    state: Any = ray._private.state  # noqa: SLF001 - no public name
+    free: dict[str, dict[str, float]] = state.available_resources_per_node()
+    shunned = {not_on, *draining_nodes()}
+    able = [(has.get("CPU", 0.0), node) for node, has in free.items() if all(has.get(name, 0.0) >= needs[name] for name in needs)]
+    return max((candidate for candidate in able if candidate[1] not in shunned), default=(0.0, ""))[1]
+
+
+def run_there(function: Callable[..., Any], node_id: str, needs: Mapping[str, float], name: str, *args: Any) -> Any:
+    """Start `function(*args)` as a task of that name on that node; it fails at once where its needs are not free. Gives the reference."""
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    named = {"CPU": "num_cpus", "GPU": "num_gpus", "memory": "memory"}
+    options: dict[str, Any] = {"num_cpus": 0, **{named[name]: amount for name, amount in needs.items() if name in named}}
+    options["resources"] = {name: amount for name, amount in needs.items() if name not in named}
+    options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(node_id, soft=False, _fail_on_unavailable=True)
+    task: Any = ray.remote(max_retries=0, **options)(function)
+    return task.options(name=name).remote(*args)
+
+
+def outcome_of(ref: Any) -> Any:
+    """Give or raise what comes of the only value of a task, as if it were this one: cancelled, so is this one, and the other way round.
+
+    Raises:
+        LOST: it could not start, or its process died.
+    """
+    try:
+        return ray.get(ref)
+    except ray.exceptions.RayTaskError as error:
+        if type(error.cause) is ray.exceptions.TaskCancelledError:
+            raise KeyboardInterrupt(str(error.cause)) from None
+        raise error.cause from error
+    except ray.exceptions.TaskCancelledError as error:
+        raise KeyboardInterrupt(str(error)) from None
+    except ray.exceptions.RayError:
+        raise
+    except BaseException:
+        ray.cancel(ref)
+        raise
 
 
 def is_done(ref: Any) -> bool:

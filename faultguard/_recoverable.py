@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import types
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Generic, ParamSpec, Protocol, TypeVar, overload
 
 import msgspec
@@ -16,6 +17,7 @@ from faultguard._checkpointed import refuse_not_yet
 from faultguard._core.names import check_worker_id
 from faultguard._core.schedule import Every, check_every
 from faultguard._core.stall import check_timeout
+from faultguard._elsewhere import Elsewhere
 from faultguard._handle import Checkpoint
 from faultguard.errors import UsageError
 from faultguard.policy import Backoff, Matcher, check_matcher
@@ -54,6 +56,7 @@ class _Header(msgspec.Struct, frozen=True):
 
     settings: _settings.Settings
     worker_id: str | None = None
+    moves: bool = False  # nothing says on which node it has to run
 
 
 @overload
@@ -305,7 +308,7 @@ class RecoverableFunction(Generic[P, R]):
         bound = self._signature.bind(*args, **kwargs)  # a TypeError here, not in the task
         if worker_id is None:
             worker_id = _worker_id(self._options, bound)
-        return msgspec.json.encode(_Header(settings, worker_id))
+        return msgspec.json.encode(_Header(settings, worker_id, _may_move({**self._ray_options, **self._at_call})))
 
     def _remote(self, settings: Settings) -> Any:
         failures = self._options.max_failures if self._options.max_failures is not None else settings.max_failures
@@ -339,15 +342,53 @@ def run_entry(function: Callable[..., Any], options: TaskOptions, arguments: tup
     encoded, payload, *rest = arguments
     header = msgspec.json.decode(encoded, type=_Header)
     identity = _ray.identity()
+    if payload is not None:
+        return _Packed(function, options, header, payload).run(identity)
+    work = Work(lambda: function(*rest, **keywords), repeatable=False)
+    return run_task(header.settings, identity, options, header.worker_id or identity.task_id, work)
 
-    def call() -> Any:
-        if payload is None:
-            return function(*rest, **keywords)
-        args, kwargs = _packing.unpack(payload) if payload else ((), {})
-        return function(*args, **kwargs)
 
-    worker_id = header.worker_id or identity.task_id
-    return run_task(header.settings, identity, options, worker_id, Work(call, repeatable=payload is not None))
+@dataclass(frozen=True, slots=True)
+class _Packed:
+    """A task whose arguments can be had again: in this process, and on another node, to which it can travel."""
+
+    function: Callable[..., Any]
+    options: TaskOptions
+    header: _Header
+    payload: bytes
+
+    def run(self, identity: _ray.Identity, local_retry: int = 0) -> Any:
+        """Run it to its outcome."""
+        worker_id = self.header.worker_id or identity.task_id
+        elsewhere = None
+        if self.header.moves and not _ray.in_placement_group():
+            submit = functools.partial(self._submit, identity)
+            name = f"{self.options.name}/{worker_id}"
+            elsewhere = Elsewhere(name, identity.node_id, _ray.needs_of_task(), submit, waits=bool(identity.home_id))
+        work = Work(self._call, repeatable=True)
+        return run_task(self.header.settings, identity, self.options, worker_id, work, elsewhere=elsewhere, local_retry=local_retry)
+
+    def _call(self) -> Any:
+        args, kwargs = _packing.unpack(self.payload) if self.payload else ((), {})
+        return self.function(*args, **kwargs)
+
+    def _submit(self, identity: _ray.Identity, node_id: str, needs: Mapping[str, float], local_retry: int) -> Any:
+        return _ray.run_there(run_elsewhere, node_id, needs, self.options.name, self, identity, local_retry)
+
+
+def run_elsewhere(packed: _Packed, waiting: _ray.Identity, local_retry: int) -> Any:
+    """In a worker on another node: run an attempt of a task that waits for it."""
+    _settings.checked_store(packed.header.settings)  # where that waits, there is one: here nobody waits for it
+    here = _ray.identity()
+    identity = replace(waiting, node_id=here.node_id, ray_worker=here.ray_worker, home_id=waiting.node_id)
+    return packed.run(identity, local_retry)
+
+
+def _may_move(ray_options: Mapping[str, Any]) -> bool:
+    """Whether Ray's options leave it open on which node a task runs."""
+    strategy = ray_options.get("scheduling_strategy")
+    free = strategy is None or strategy in ("DEFAULT", "SPREAD")
+    return free and not any(ray_options.get(name) for name in ("label_selector", "placement_group", "fallback_strategy", "_labels"))
 
 
 # --- below @ray.remote, and plain -----------------------------------------------------------------------------------

@@ -95,7 +95,7 @@ class LiveView:
         self._workers[key] = _Live(said, self._clock.read(now), wall)
         if self._is_cancelled(said):
             return "cancelled"
-        return "drained" if said["node_id"] in self._draining else "ok"
+        return "drained" if {said["node_id"], said.get("home_id")} & self._draining else "ok"
 
     def _is_cancelled(self, said: Mapping[str, Any]) -> bool:
         return bool(said["cancels"] < max(self._cancels.get(None, 0), self._cancels.get(said["worker_id"], 0)))
