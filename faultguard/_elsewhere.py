@@ -16,7 +16,7 @@ from faultguard._core.budget import cost_of_crash
 from faultguard._core.records import FailureRecord
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Sequence
 
     from faultguard._core.records import Record
 
@@ -51,20 +51,18 @@ class Elsewhere:
     Attributes:
         worker: for people.
         node_id: where this one runs.
-        needs: the resources of the task.
-        submit: runs it on a node: `(node_id, needs, local_retry) -> ref`.
+        submit: runs it on a node: `(node_id, local_retry) -> ref`.
         waits: this one runs for a task on another node, which waits: it is enough to leave.
     """
 
     worker: str
     node_id: str
-    needs: Mapping[str, float]
-    submit: Callable[[str, Mapping[str, float], int], Any]
+    submit: Callable[[str, int], Any]
     waits: bool = False
 
     def is_there(self) -> bool:
         """Whether there is such a node now."""
-        return self.waits or bool(self._node())
+        return self.waits or bool(_ray.node_with_room(self.node_id))
 
     def run(self, local_retry: int, newest: Callable[[], Record | None], leave: Callable[[], None]) -> Any:
         """Run the attempt there, and give or raise what comes of it.
@@ -79,31 +77,26 @@ class Elsewhere:
         """
         if self.waits:
             leave()
-        before, node_id = newest(), self._node()
+        before, node_id = newest(), _ray.node_with_room(self.node_id)
         if before is None or not node_id:
             raise NotBegunError
         text = f"'{self.worker}' failed {FAILURES} times in a row on node {self.node_id[:8]}; its next attempt runs on node {node_id[:8]}."
         _events.emit_beside(logging.WARNING, "faultguard.elsewhere", text, node_id=self.node_id, to_node=node_id)
         try:
-            ref = self.submit(node_id, self.needs, local_retry)
-        except Exception as error:
+            ref = self.submit(node_id, local_retry)
+        except Exception as error:  # what cannot travel, for whatever reason, stays
             raise NotBegunError from error
         try:
             return _ray.outcome_of(ref)
-        except _ray.LOST as error:
+        except _ray.LostError as error:
             if _is(newest(), before):
                 raise NotBegunError from error
             leave()
+            raise
         except Exception as error:
             if _is(newest(), before):
                 raise NotBegunError from error
             raise
-
-    def _node(self) -> str:
-        try:
-            return _ray.node_with_room(self.needs, self.node_id)
-        except _ray.LOST:
-            return ""
 
 
 def _is(record: Record | None, before: Record) -> bool:

@@ -17,16 +17,15 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
 __all__ = [
-    "LOST",
     "NAMESPACE",
     "UNREACHABLE",
     "Identity",
+    "LostError",
     "death_of",
     "draining_nodes",
     "function_and_options",
     "get_within",
     "identity",
-    "in_placement_group",
     "is_actor_class",
     "is_done",
     "is_driver",
@@ -209,7 +208,6 @@ def was_terminated(error: SystemExit) -> bool:
     return "ray_terminate_msg" in vars(error)
 
 
-LOST = (ray.exceptions.RayError,)
 UNREACHABLE = (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError, ray.exceptions.RaySystemError)
 
 
@@ -227,11 +225,6 @@ def run_on_node(function: Callable[..., Any], node_id: str, *args: Any) -> Any:
     return task.options(scheduling_strategy=strategy).remote(*args)
 
 
-def in_placement_group() -> bool:
-    """Whether the task of this thread runs in one, which says where its own tasks run."""
-    return ray.get_runtime_context().get_placement_group_id() is not None
-
-
 def needs_of_task() -> dict[str, float]:
     """The resources that the running task was given."""
     context: Any = ray.get_runtime_context()
@@ -239,11 +232,17 @@ def needs_of_task() -> dict[str, float]:
     return {name: amount for name, amount in needs.items() if not name.startswith("node:")}
 
 
-def node_with_room(needs: Mapping[str, float], not_on: str) -> str:
-    """The node that has most CPUs free, of those that have room for a task now and are not being drained; empty: none."""
+def node_with_room(not_on: str) -> str:
+    """The node that has most CPUs free, of those that have room for the running task now and are not being drained; empty: none."""
     state: Any = ray._private.state  # noqa: SLF001 - no public name
-    free: dict[str, dict[str, float]] = state.available_resources_per_node()
-    shunned = {not_on, *draining_nodes()}
+    if ray.get_runtime_context().get_placement_group_id() is not None:  # it says where its tasks run
+        return ""
+    try:
+        free: dict[str, dict[str, float]] = state.available_resources_per_node()
+        shunned = {not_on, *draining_nodes()}
+    except ray.exceptions.RayError:
+        return ""
+    needs = needs_of_task()
     able = [(has.get("CPU", 0.0), node) for node, has in free.items() if all(has.get(name, 0.0) >= needs[name] for name in needs)]
     return max((candidate for candidate in able if candidate[1] not in shunned), default=(0.0, ""))[1]
 
@@ -260,11 +259,15 @@ def run_there(function: Callable[..., Any], node_id: str, needs: Mapping[str, fl
     return task.options(name=name).remote(*args)
 
 
+class LostError(Exception):
+    """A task did not come to an end of its own."""
+
+
 def outcome_of(ref: Any) -> Any:
     """Give or raise what comes of the only value of a task, as if it were this one: cancelled, so is this one, and the other way round.
 
     Raises:
-        LOST: it could not start, or its process died.
+        LostError: it could not start, or its process died.
     """
     try:
         return ray.get(ref)
@@ -274,8 +277,8 @@ def outcome_of(ref: Any) -> Any:
         raise error.cause from error
     except ray.exceptions.TaskCancelledError as error:
         raise KeyboardInterrupt(str(error)) from None
-    except ray.exceptions.RayError:
-        raise
+    except ray.exceptions.RayError as error:
+        raise LostError(str(error)) from error
     except BaseException:
         ray.cancel(ref)
         raise

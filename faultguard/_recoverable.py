@@ -361,10 +361,9 @@ class _Packed:
         """Run it to its outcome."""
         worker_id = self.header.worker_id or identity.task_id
         elsewhere = None
-        if self.header.moves and not _ray.in_placement_group():
+        if self.header.moves:
             submit = functools.partial(self._submit, identity)
-            name = f"{self.options.name}/{worker_id}"
-            elsewhere = Elsewhere(name, identity.node_id, _ray.needs_of_task(), submit, waits=bool(identity.home_id))
+            elsewhere = Elsewhere(f"{self.options.name}/{worker_id}", identity.node_id, submit, waits=bool(identity.home_id))
         work = Work(self._call, repeatable=True)
         return run_task(self.header.settings, identity, self.options, worker_id, work, elsewhere=elsewhere, local_retry=local_retry)
 
@@ -372,8 +371,8 @@ class _Packed:
         args, kwargs = _packing.unpack(self.payload) if self.payload else ((), {})
         return self.function(*args, **kwargs)
 
-    def _submit(self, identity: _ray.Identity, node_id: str, needs: Mapping[str, float], local_retry: int) -> Any:
-        return _ray.run_there(run_elsewhere, node_id, needs, self.options.name, self, identity, local_retry)
+    def _submit(self, identity: _ray.Identity, node_id: str, local_retry: int) -> Any:
+        return _ray.run_there(run_elsewhere, node_id, _ray.needs_of_task(), self.options.name, self, identity, local_retry)
 
 
 def run_elsewhere(packed: _Packed, waiting: _ray.Identity, local_retry: int) -> Any:
