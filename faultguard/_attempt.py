@@ -28,6 +28,7 @@ from faultguard._core.budget import Policy, batch_of, charge, exhausted, is_char
 from faultguard._core.records import Ended, FailureRecord, Outcome, Owner, Place, Record, Snapshot
 from faultguard._core.schedule import Every, Schedule
 from faultguard._core.silence import Held
+from faultguard._elsewhere import Elsewhere, NotBegunError, failed_on, failures_before
 from faultguard._handle import Checkpoint
 from faultguard._journal import Journal, insist, superseded
 from faultguard._log import StoredLog
@@ -41,6 +42,7 @@ from faultguard.errors import (
     CheckpointNotSerializableError,
     CheckpointStoreError,
     DuplicateWorkerError,
+    FaultguardError,
     ManagerUnavailableError,
     RunMismatchError,
     StalledError,
@@ -161,6 +163,7 @@ class OpenWorker:
             "position": handle.position,
             "total_batches": handle.total_batches,
             "node_id": self._identity.node_id,
+            "home_id": self._identity.home_id,
             "boot_id": held.owner.boot_id,
             "pid": held.owner.pid,
             "start_time": held.owner.start_time,
@@ -538,18 +541,46 @@ def _duplicate(me: rules.Claimant, head: Record, settings: Settings) -> Duplicat
 # --- running --------------------------------------------------------------------------------------------------------
 
 
-def run_task(settings: Settings, identity: _ray.Identity, options: TaskOptions, worker_id: str, work: Work) -> Any:
-    """Run a decorated task to its outcome: the value, or the error that Ray is to report."""
+def run_task(
+    settings: Settings,
+    identity: _ray.Identity,
+    options: TaskOptions,
+    worker_id: str,
+    work: Work,
+    *,
+    elsewhere: Elsewhere | None = None,
+    local_retry: int = 0,
+) -> Any:
+    """Run a decorated task to its outcome: the value, or the error that Ray is to report. `elsewhere`: it may go to another node."""
     max_failures = options.max_failures if options.max_failures is not None else settings.max_failures
     if settings.cancels < _beater.cancelled_all(settings):
         raise Cancelled(f"'{options.name}/{worker_id}' was cancelled by {CALLS} before it began")
+    log = functools.partial(_newest, settings, options.name, worker_id)
+    moves = elsewhere is not None and identity.attempt > 0 and failed_on(identity.node_id, failures_before(log()))
     try:
-        opened = open_worker(settings, identity, options, worker_id, max_failures=max_failures, leaves=True, afresh=work.afresh)
-        if isinstance(opened, rules.Finished):
-            if (opened.record.owner.task_id, opened.record.owner.epoch) != (identity.task_id, settings.epoch):
-                _check_recorded(opened.record, settings, work)
-            return _recorded(opened, settings, options, work, max_failures)
-        return _Task(opened, settings, identity, options, work=work, max_failures=max_failures).run()
+        while True:
+            if elsewhere is not None and moves:
+                with contextlib.suppress(NotBegunError):
+                    return elsewhere.run(local_retry, log, leave_process)
+                local_retry += 1  # should it begin after all, this one is the later
+            opened = open_worker(
+                settings,
+                identity,
+                options,
+                worker_id,
+                max_failures=max_failures,
+                local_retry=local_retry,
+                leaves=True,
+                afresh=work.afresh,
+            )
+            if isinstance(opened, rules.Finished):
+                if (opened.record.owner.task_id, opened.record.owner.epoch) != (identity.task_id, settings.epoch):
+                    _check_recorded(opened.record, settings, work)
+                return _recorded(opened, settings, options, work, max_failures)
+            value = _Task(opened, settings, identity, options, work=work, max_failures=max_failures, elsewhere=elsewhere).run()
+            if not isinstance(value, _Moves):
+                return value
+            moves, local_retry = True, value.local_retry
     finally:
         leave_all()
 
@@ -586,6 +617,20 @@ def check_arguments(task: str, worker_id: str, outcome: Outcome, arguments: Mapp
         raise RunMismatchError(text, worker_id=worker_id, arguments=tuple(differ))
 
 
+@dataclass(frozen=True, slots=True)
+class _Moves:
+    """In the place of a value: the attempt has left its worker, and the next one, which orders itself so, prefers another node."""
+
+    local_retry: int
+
+
+def _newest(settings: Settings, task: str, worker_id: str) -> Record | None:
+    """The newest record of a worker; None where there is none, or it cannot be read, which the claim tells."""
+    with contextlib.suppress(FaultguardError):
+        return StoredLog(checked_store(settings), settings.log_prefix(task, worker_id)).newest()
+    return None
+
+
 def _recorded(finished: rules.Finished, settings: Settings, options: TaskOptions, work: Work, max_failures: int) -> Any:
     """Give the outcome that stands in the log; a value that could not be recorded is computed by the finished loops."""
     record = finished.record
@@ -613,7 +658,15 @@ class _Task:
     """A claimed task: its attempts in this process, one after another."""
 
     def __init__(
-        self, opened: OpenWorker, settings: Settings, identity: _ray.Identity, options: TaskOptions, *, work: Work, max_failures: int
+        self,
+        opened: OpenWorker,
+        settings: Settings,
+        identity: _ray.Identity,
+        options: TaskOptions,
+        *,
+        work: Work,
+        max_failures: int,
+        elsewhere: Elsewhere | None = None,
     ) -> None:
         self._settings = settings
         self._identity = identity
@@ -621,6 +674,8 @@ class _Task:
         self._work = work
         self._open = opened
         self._max_failures = max_failures
+        self._elsewhere = elsewhere
+        self._moves: _Moves | None = None
         self._wait_s: float | None = None  # what a predicate said
         self._retried = False  # whether the last exception is one that is retried at all
 
@@ -658,7 +713,7 @@ class _Task:
         def attempt() -> Any:
             if pending:
                 raise pending.pop()
-            return self._attempt()
+            return self._moves or self._attempt()
 
         retrying = tenacity.Retrying(
             retry=tenacity.retry_if_exception(self._survives),
@@ -760,6 +815,8 @@ class _Task:
             self._leave_to_ray(failure, "it is not trusted after that exception (fresh_process_on)")
         if not self._work.repeatable:
             self._leave_to_ray(failure, "the arguments are too large, or hold references, to be kept for a retry in this one")
+        if self._goes_elsewhere(failure):
+            return
         before, journal, quarantined = self._open, self._journal, self._journal.held.quarantined
         before.close("recovered")
         try:
@@ -772,6 +829,16 @@ class _Task:
         self._open = OpenWorker(self._settings, self._identity, reopened, handle, leaves=True)
         _say_resumed(handle, journal.held, self._max_failures, state.next_action.sleep)
         _say_quarantined(handle, journal.held, quarantined)
+
+    def _goes_elsewhere(self, failure: FailureRecord) -> bool:
+        """After the second failure in a row on this node: leave the worker to an attempt on another one, if there is one."""
+        held = self._journal.held
+        if self._elsewhere is None or not failed_on(self._identity.node_id, (*held.failures, failure)) or not self._elsewhere.is_there():
+            return False
+        self._moves = _Moves(held.owner.local_retry + 1)
+        self._open.give_up(Ended("exception", charged=True), failure, patient=True)
+        self._open.close("recovered")
+        return True
 
     def _leave_to_ray(self, failure: FailureRecord, why: str) -> NoReturn:
         """No further attempt in this process: let Ray start another one, and bring the arguments as first passed."""

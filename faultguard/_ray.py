@@ -14,12 +14,13 @@ import ray
 from faultguard.errors import UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
 __all__ = [
     "NAMESPACE",
     "UNREACHABLE",
     "Identity",
+    "LostError",
     "alive_nodes",
     "death_of",
     "draining_nodes",
@@ -38,11 +39,15 @@ __all__ = [
     "job_is_over",
     "kv_get",
     "kv_put",
+    "needs_of_task",
+    "node_with_room",
     "options_at_submission",
+    "outcome_of",
     "ready_refs",
     "refuse_client_mode",
     "result_or_none",
     "run_on_node",
+    "run_there",
     "session_dir",
     "session_name",
     "was_terminated",
@@ -64,6 +69,7 @@ class Identity:
     function_name: str
     in_actor: bool = False
     ray_worker: str = ""
+    home_id: str = ""  # of the node where the task waits that runs on this one
 
 
 def is_ready() -> bool:
@@ -239,6 +245,65 @@ def is_alive(node_id: str) -> bool:
     """Whether Ray takes a node for alive."""
     nodes: Any = ray.nodes  # type: ignore[attr-defined, unused-ignore] # Ray left it unannotated
     return any(node["NodeID"] == node_id and node["Alive"] for node in nodes())
+
+
+def needs_of_task() -> dict[str, float]:
+    """The resources that the running task was given."""
+    context: Any = ray.get_runtime_context()
+    needs: dict[str, float] = context.get_assigned_resources()
+    return {name: amount for name, amount in needs.items() if not name.startswith("node:")}
+
+
+def node_with_room(not_on: str) -> str:
+    """The node that has most CPUs free, of those that have room for the running task now and are not being drained; empty: none."""
+    state: Any = ray._private.state  # noqa: SLF001 - no public name
+    if ray.get_runtime_context().get_placement_group_id() is not None:  # it says where its tasks run
+        return ""
+    try:
+        free: dict[str, dict[str, float]] = state.available_resources_per_node()
+        shunned = {not_on, *draining_nodes()}
+    except ray.exceptions.RayError:
+        return ""
+    needs = needs_of_task()
+    able = [(has.get("CPU", 0.0), node) for node, has in free.items() if all(has.get(name, 0.0) >= needs[name] for name in needs)]
+    return max((candidate for candidate in able if candidate[1] not in shunned), default=(0.0, ""))[1]
+
+
+def run_there(function: Callable[..., Any], node_id: str, needs: Mapping[str, float], name: str, *args: Any) -> Any:
+    """Start `function(*args)` as a task of that name on that node; it fails at once where its needs are not free. Gives the reference."""
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    named = {"CPU": "num_cpus", "GPU": "num_gpus", "memory": "memory"}
+    options: dict[str, Any] = {"num_cpus": 0, **{named[name]: amount for name, amount in needs.items() if name in named}}
+    options["resources"] = {name: amount for name, amount in needs.items() if name not in named}
+    options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(node_id, soft=False, _fail_on_unavailable=True)
+    task: Any = ray.remote(max_retries=0, **options)(function)
+    return task.options(name=name).remote(*args)
+
+
+class LostError(Exception):
+    """A task did not come to an end of its own."""
+
+
+def outcome_of(ref: Any) -> Any:
+    """Give or raise what comes of the only value of a task, as if it were this one: cancelled, so is this one, and the other way round.
+
+    Raises:
+        LostError: it could not start, or its process died.
+    """
+    try:
+        return ray.get(ref)
+    except ray.exceptions.RayTaskError as error:
+        if type(error.cause) is ray.exceptions.TaskCancelledError:
+            raise KeyboardInterrupt(str(error.cause)) from None
+        raise error.cause from error
+    except ray.exceptions.TaskCancelledError as error:
+        raise KeyboardInterrupt(str(error)) from None
+    except ray.exceptions.RayError as error:
+        raise LostError(str(error)) from error
+    except BaseException:
+        ray.cancel(ref)
+        raise
 
 
 def is_done(ref: Any) -> bool:

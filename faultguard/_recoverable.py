@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import types
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Generic, ParamSpec, Protocol, TypeVar, cast, overload
 
 import msgspec
@@ -15,6 +16,7 @@ from faultguard._attempt import TaskOptions, Work, check_arguments, run_task
 from faultguard._core.names import check_worker_id
 from faultguard._core.schedule import Every, check_every
 from faultguard._core.stall import check_timeout
+from faultguard._elsewhere import Elsewhere
 from faultguard._handle import Checkpoint
 from faultguard.errors import UsageError
 from faultguard.policy import Backoff, Matcher, OnPoison, check_matcher, check_on_poison
@@ -56,6 +58,7 @@ class _Header(msgspec.Struct, frozen=True):
     worker_id: str | None = None
     arguments: dict[str, str] = {}
     afresh: bool = False
+    moves: bool = False  # nothing says on which node it has to run
 
 
 @overload
@@ -346,7 +349,8 @@ class RecoverableFunction(Generic[P, R]):
         if worker_id is None:
             worker_id = _worker_id(self._options, bound)
         _check_id(settings, self._options, worker_id)
-        return _Header(settings, worker_id, _digests(settings, bound, small=small), self._afresh)
+        moves = _may_move({**self._ray_options, **self._at_call})
+        return _Header(settings, worker_id, _digests(settings, bound, small=small), self._afresh, moves)
 
     def _remote(self, settings: Settings) -> Any:
         failures = _failures(self._options, settings)
@@ -399,16 +403,52 @@ def run_entry(function: Callable[..., Any], options: TaskOptions, arguments: tup
     encoded, payload, *rest = arguments
     header = msgspec.json.decode(encoded, type=_Header)
     identity = _ray.identity()
+    if payload is not None:
+        return _Packed(function, options, header, payload).run(identity)
+    work = Work(lambda: function(*rest, **keywords), repeatable=False, arguments=header.arguments, afresh=header.afresh)
+    return run_task(header.settings, identity, options, header.worker_id or identity.task_id, work)
 
-    def call() -> Any:
-        if payload is None:
-            return function(*rest, **keywords)
-        args, kwargs = _packing.unpack(payload) if payload else ((), {})
-        return function(*args, **kwargs)
 
-    worker_id = header.worker_id or identity.task_id
-    work = Work(call, repeatable=payload is not None, arguments=header.arguments, afresh=header.afresh)
-    return run_task(header.settings, identity, options, worker_id, work)
+@dataclass(frozen=True, slots=True)
+class _Packed:
+    """A task whose arguments can be had again: in this process, and on another node, to which it can travel."""
+
+    function: Callable[..., Any]
+    options: TaskOptions
+    header: _Header
+    payload: bytes
+
+    def run(self, identity: _ray.Identity, local_retry: int = 0) -> Any:
+        """Run it to its outcome."""
+        worker_id = self.header.worker_id or identity.task_id
+        elsewhere = None
+        if self.header.moves:
+            submit = functools.partial(self._submit, identity)
+            elsewhere = Elsewhere(f"{self.options.name}/{worker_id}", identity.node_id, submit, waits=bool(identity.home_id))
+        work = Work(self._call, repeatable=True, arguments=self.header.arguments, afresh=self.header.afresh)
+        return run_task(self.header.settings, identity, self.options, worker_id, work, elsewhere=elsewhere, local_retry=local_retry)
+
+    def _call(self) -> Any:
+        args, kwargs = _packing.unpack(self.payload) if self.payload else ((), {})
+        return self.function(*args, **kwargs)
+
+    def _submit(self, identity: _ray.Identity, node_id: str, local_retry: int) -> Any:
+        return _ray.run_there(run_elsewhere, node_id, _ray.needs_of_task(), self.options.name, self, identity, local_retry)
+
+
+def run_elsewhere(packed: _Packed, waiting: _ray.Identity, local_retry: int) -> Any:
+    """In a worker on another node: run an attempt of a task that waits for it."""
+    _settings.checked_store(packed.header.settings)  # where that waits, there is one: here nobody waits for it
+    here = _ray.identity()
+    identity = replace(waiting, node_id=here.node_id, ray_worker=here.ray_worker, home_id=waiting.node_id)
+    return packed.run(identity, local_retry)
+
+
+def _may_move(ray_options: Mapping[str, Any]) -> bool:
+    """Whether Ray's options leave it open on which node a task runs."""
+    strategy = ray_options.get("scheduling_strategy")
+    free = strategy is None or strategy in ("DEFAULT", "SPREAD")
+    return free and not any(ray_options.get(name) for name in ("label_selector", "placement_group", "fallback_strategy", "_labels"))
 
 
 # --- below @ray.remote, and plain -----------------------------------------------------------------------------------

@@ -103,7 +103,7 @@ class LiveView:
         self._workers[key] = _Live(said, self._clock.read(now), wall, told_s=max(self.interval_s, said.get("interval_s", 0.0)))
         if self._is_cancelled(said):
             return "cancelled"
-        return "drained" if said["node_id"] in self._draining else "ok"
+        return "drained" if {said["node_id"], said.get("home_id")} & self._draining else "ok"
 
     def adopt(self, held: Iterable[Mapping[str, Any]], now: float, wall: float) -> None:
         """Take over those who may have stood still before this view began, as if they had beaten now: they cannot tell it."""

@@ -38,6 +38,11 @@ class Nodes:
         wait_until(lambda: node.node_id in alive(), WAIT_S)
         return node
 
+    @property
+    def workers(self) -> list[Any]:
+        """The worker nodes that are there."""
+        return list(self._cluster.worker_nodes)
+
     def remove(self, node: Any) -> None:
         """Kill a node with everything on it."""
         self._cluster.remove_node(node, allow_graceful=False)

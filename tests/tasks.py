@@ -221,7 +221,10 @@ def records(run: faultguard.Run, task: str, worker: str) -> list[Record]:
     """The log of a worker as it is on the disk, oldest first."""
     folder = Path(run.checkpoint_dir) / run.name / task / worker
     numbered = sorted((number, path) for path in folder.glob("*.json") if (number := record_number(path.name)) is not None)
-    found = [decode_record(path.read_bytes(), number) for number, path in numbered]
+    found = []
+    for number, path in numbered:
+        with contextlib.suppress(FileNotFoundError):  # its writer deletes what is superfluous, also after its end
+            found.append(decode_record(path.read_bytes(), number))
     return [record for record in found if record is not None]
 
 

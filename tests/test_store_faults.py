@@ -33,6 +33,7 @@ INTERVAL_S = 0.2
 MOMENTS = ("loop", "wait", "claim", "retry", "end")
 BATCH_S = {"loop": 0.01, "long-loop": 0.1}
 PATIENCE_S = 1.0
+KEPT = 3  # saves
 HOME, PAIR = "home", "pair"  # resources: of the first node, of two others
 WAYS_OUT = r"(?s)shared.*an object store, or .*one node"
 
@@ -131,17 +132,15 @@ def troubled(ray_cluster: str, tmp_path: Path, fault: Fault) -> Iterator[faultgu
     faultguard.shutdown()
 
 
-def to_the_moment(trace: Trace, worker: str, moment: str, fault: Fault, stack: contextlib.ExitStack) -> None:
-    """Let the worker come to its moment, with the store in trouble from then on."""
+def to_the_moment(run: faultguard.Run, trace: Trace, worker: str, moment: str, fault: Fault, stack: contextlib.ExitStack) -> None:
+    """Let the worker come to its moment, with the store in trouble from then on; what is superfluous goes before, or it makes room."""
     wait_until(lambda: trace.notes("there", worker), WAIT_S)
     if moment == "end":
         trace.note("fault", worker)
         wait_until(lambda: trace.notes("over", worker), WAIT_S)
-        stack.enter_context(fault())
-        trace.note("ended", worker)
-    else:
-        stack.enter_context(fault())
-        trace.note("fault", worker)
+    wait_until(lambda: sum(record.kind == "save" for record in records(run, "steps", worker)) <= KEPT, WAIT_S)
+    stack.enter_context(fault())
+    trace.note("ended" if moment == "end" else "fault", worker)
 
 
 def heard_at(worker: str) -> float:
@@ -155,7 +154,7 @@ def test_a_store_that_comes_back(troubled: faultguard.Run, trace: Trace, fault: 
     """It is told once; the work goes on, or waits where it must; nothing is killed, charged or done twice because of the store."""
     ref = steps.remote(worker, trace, moment)
     with contextlib.ExitStack() as stack:
-        to_the_moment(trace, worker, moment, fault, stack)
+        to_the_moment(troubled, trace, worker, moment, fault, stack)
         told = wait_until(lambda: said(ray_cluster, f"'steps/{worker}' cannot"), WAIT_S)
         if moment == "loop":
             wait_until(lambda: trace.notes("batch", worker)[-1]["batch"] > N // 2 + 5, WAIT_S)
@@ -187,7 +186,7 @@ def test_a_store_that_stays_away(tmp_path: Path, trace: Trace, moment: str, way:
         run = stack.enter_context(faultguard.init(checkpoint_dir=store, heartbeat_interval=INTERVAL_S))
         with contextlib.ExitStack() as away:
             ref = steps.remote(worker, trace, moment)
-            to_the_moment(trace, worker, moment, fault, away)
+            to_the_moment(run, trace, worker, moment, fault, away)
             with pytest.raises(faultguard.CheckpointStoreError, match="not there" if way == "gone" else "No space left"):
                 ray.get(ref, timeout=WAIT_S)
         assert ray.get(steps.remote(worker, trace, "again"), timeout=WAIT_S) == expected(N)
