@@ -7,10 +7,12 @@ VENV_LOWEST := .venv-lowest
 STAMP := $(VENV)/.installed
 RUN := $(VENV)/bin/python
 ARGS ?=
+MINUTES ?= 5
+SEED ?=
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test lint types coverage bench build test-lowest system-packages clean
+.PHONY: help venv demo test soak lint types coverage bench build test-lowest system-packages clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z][a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -29,6 +31,9 @@ demo: $(STAMP) ## train on a cluster of this machine while workers are killed; s
 
 test: $(STAMP) system-packages ## run all tests
 	$(RUN) -m pytest $(ARGS)
+
+soak: $(STAMP) ## all faults at random, on three nodes of this machine: make soak MINUTES=30 [SEED=7]
+	$(RUN) -m tests.soak --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
 
 lint: $(STAMP) ## ruff: rules and format
 	$(RUN) -m ruff check

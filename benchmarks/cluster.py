@@ -36,8 +36,8 @@ _ROOT = Path(__file__).resolve().parents[1]
 
 
 @contextlib.contextmanager
-def cluster(bench: Bench, cpus: int = 2) -> Iterator[None]:
-    """A cluster of this measurement's own, with a run whose checkpoints are in its directory."""
+def cluster(bench: Bench, cpus: int = 2, **options: Any) -> Iterator[None]:
+    """A cluster of this measurement's own, with a run whose checkpoints are in its directory; `options` of `init`."""
     # Whatever is installed brings its bytecode; from a source tree every new process would compile faultguard again.
     compileall.compile_dir(str(Path(faultguard.__file__).parent), quiet=1)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -46,7 +46,7 @@ def cluster(bench: Bench, cpus: int = 2) -> Iterator[None]:
     with contextlib.redirect_stdout(sys.stderr):  # where Ray tells of each crash, up to its shutdown
         try:
             ray.init(address="local", _temp_dir=sessions, num_cpus=cpus, include_dashboard=False, log_to_driver=False)
-            with faultguard.init(checkpoint_dir=bench.directory / "checkpoints", progress=False):
+            with faultguard.init(checkpoint_dir=bench.directory / "checkpoints", progress=False, **options):
                 yield
         finally:
             ray.shutdown()

@@ -24,7 +24,7 @@ from benchmarks.timing import DurableWriter, median, top, us
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["exception", "sigkill"]
+__all__ = ["exception", "sigkill", "stamping"]
 
 BATCH_S = 0.02
 KILLED_AT = 12  # batches; by then there is something to resume
@@ -138,7 +138,7 @@ def _crash_plain(folder: Path, number: int) -> float:
 def _crash_ours(folder: Path, number: int) -> dict[str, float]:
     """Seconds of Ray and of ours, up to the first resumed batch."""
     stamps = Stamps(folder / f"ours-{number}")
-    with entered_through(functools.partial(_stamped, stamps.path)):
+    with entered_through(functools.partial(stamping, stamps.path)):
         _get(_crashing().remote(stamps.path))
     events = stamps.read()
     batch = events[-1]["batch"]
@@ -159,7 +159,7 @@ def _between(events: list[dict[str, Any]], earlier: str, later: str) -> float:
     return seconds
 
 
-def _stamped(path: str, load: Callable[[], Callable[..., Any]]) -> Callable[..., Any]:
+def stamping(path: str, load: Callable[[], Callable[..., Any]]) -> Callable[..., Any]:
     """An entry that stamps before faultguard is imported, and after."""
 
     def entry(*arguments: Any, **keywords: Any) -> Any:

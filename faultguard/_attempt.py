@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import os
 import sys
@@ -23,12 +24,12 @@ import msgspec
 
 from faultguard import _beater, _codec, _events, _ray, _watcher
 from faultguard._core import log as rules
-from faultguard._core.budget import exhausted, is_charged
-from faultguard._core.records import Ended, FailureRecord, Outcome, Owner, Record, Snapshot
+from faultguard._core.budget import Policy, batch_of, charge, exhausted, is_charged, poison_batch
+from faultguard._core.records import Ended, FailureRecord, Outcome, Owner, Place, Record, Snapshot
 from faultguard._core.schedule import Every, Schedule
 from faultguard._core.silence import Held
 from faultguard._handle import Checkpoint
-from faultguard._journal import Journal, superseded
+from faultguard._journal import Journal, insist, superseded
 from faultguard._log import StoredLog
 from faultguard._probe import ending_of
 from faultguard._process import ProcessId, is_dead, this_process
@@ -38,23 +39,26 @@ from faultguard._stall import StallGuard, first_stack, stacks
 from faultguard._stops import CALLS, Cancelled, Drained, cancelled_here
 from faultguard.errors import (
     CheckpointNotSerializableError,
+    CheckpointStoreError,
     DuplicateWorkerError,
     ManagerUnavailableError,
+    RunMismatchError,
     StalledError,
     SupersededError,
     max_failures_exceeded,
 )
-from faultguard.policy import Backoff, Matcher, verdict
+from faultguard.policy import Backoff, Matcher, OnPoison, matches, verdict
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-__all__ = ["OpenWorker", "TaskOptions", "Work", "cause_of_leaving", "open_worker", "run_task"]
+    from faultguard.storage import Store
+
+__all__ = ["OpenWorker", "TaskOptions", "Work", "cause_of_leaving", "check_arguments", "open_worker", "run_task", "say_completed_already"]
 
 MAX_RESULT_BYTES = 1 << 20
 MAX_MESSAGE = 1000
 DEFAULT_KEEP = 3
-POISON_FAILURES = 3
 HOLDER_POLL_S = 0.2
 PROBE_WAIT_S = 90.0  # for a look at the node of a silent holder
 LONG_WAIT_S = 1.0  # shorter waits are not worth a call
@@ -80,14 +84,22 @@ class TaskOptions:
     give_up_on: Matcher = ()
     backoff: Backoff = field(default_factory=Backoff)
     stall_timeout_s: float | None = None
+    reset_on_progress: bool = False
+    fresh_process_on: Matcher = ()
+    on_poison: OnPoison = "fail"
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What a task is to do: `call` runs the function on fresh arguments; not `repeatable` where those cannot be had twice."""
+    """What a task is to do: `call` runs the function on fresh arguments; not `repeatable` where those cannot be had twice.
+
+    `arguments` are digests of the plain ones, for the record; `afresh` begins the worker anew.
+    """
 
     call: Callable[[], Any]
     repeatable: bool
+    arguments: dict[str, str] = field(default_factory=dict)
+    afresh: bool = False
 
 
 class OpenWorker:
@@ -104,7 +116,7 @@ class OpenWorker:
         self._status = ""
         self._announced = False
         self.mark_every_s = settings.heartbeat_interval
-        self.held = Held(handle.task, handle.worker_id, handle.token)
+        self.held = Held(handle.task, handle.worker_id, handle.token, handle.run, handle.attempt)
         _held_here[journal.held.owner.writer] = self
         self.guard.on_timed = self._timed
         self.guard.on_change = self._remark
@@ -155,6 +167,7 @@ class OpenWorker:
             "started_at": self._started,
             "last_checkpoint": self.journal.log.path(held.last),
             "failure_count": held.charged,
+            "quarantined": handle.quarantined,
             "cancels": self.settings.cancels,
         }
 
@@ -238,7 +251,8 @@ class OpenWorker:
         text = f"{self._stands_still(age_s)} (stall_timeout={timeout_s:g} s) and does not react"
         if not guard.hold(key):
             return
-        failure = failure_of(self.handle, self._identity, "stall", f"{StalledError.__name__}({text!r})", seen)
+        message = f"{StalledError.__name__}({text!r})"
+        failure = failure_of(self.handle, self._identity, "stall", message, seen, pinned=self.handle.held_up)
         last_words = threading.Thread(target=self._note_stall, args=(failure, text, seen), name="faultguard-stall", daemon=True)
         try:
             last_words.start()
@@ -248,7 +262,7 @@ class OpenWorker:
 
     def _note_stall(self, failure: FailureRecord, text: str, seen: str) -> None:
         try:
-            self.journal.leave(Ended("stall", charged=True), failure)
+            self.give_up(Ended("stall", charged=True), failure)
         finally:  # whatever the store says: the next attempt finds out
             fields = {**self.handle.fields(), "stacks": seen}
             _events.emit(logging.WARNING, "faultguard.stall_exit", f"{text}; its process is ended.\n{first_stack(seen)}", **fields)
@@ -262,14 +276,29 @@ class OpenWorker:
 
     # --- the end ---
 
+    def failure(self, error: BaseException, cause: str = "exception") -> FailureRecord:
+        """What is kept of an exception that came out of the body."""
+        text = _text(error)
+        message = f"{type(error).__name__}({text!r})" if text else type(error).__name__
+        pinned = self.handle.thrown_out and _is_of_the_batch(error)
+        if isinstance(error, StalledError):
+            return failure_of(self.handle, self._identity, "stall", message, self.guard.stacks, pinned=pinned)
+        return failure_of(self.handle, self._identity, cause, message, pinned=pinned)
+
     def leave(self, ended: Ended, failure: FailureRecord | None = None) -> None:
         """Flush the newest snapshot with a note, and give the worker up. What it leaves with goes on, whatever the store says."""
         try:
-            self.journal.leave(ended, failure)
+            self.give_up(ended, failure)
         except Exception as trouble:  # noqa: BLE001 - it must not take the place of a cancel, or of the user's own exception
             text = f"'{self.handle.task}/{self.handle.worker_id}' could not note why it leaves: {trouble}"
             _events.emit(logging.ERROR, "faultguard.leave_failed", text, **self.handle.fields())
         self.close("cancelled" if ended.cause == "cancelled" else "recovered")
+
+    def give_up(self, ended: Ended, failure: FailureRecord | None) -> None:
+        """Flush the newest snapshot with a note; and say what that quarantines."""
+        before = self.journal.held.quarantined
+        self.journal.leave(ended, failure)
+        _say_quarantined(self.handle, self.journal.held, before)
 
     def close(self, status: str) -> None:
         """Give the worker up: no more writes, no more beats."""
@@ -295,34 +324,70 @@ def open_worker(
     max_failures: int,
     local_retry: int = 0,
     leaves: bool = False,
+    afresh: bool = False,
 ) -> OpenWorker | rules.Finished:
     """Claim a worker and restore what it saved. `leaves`: Ray runs its task again when it leaves a node that is drained.
+
+    `afresh`: what other tasks have done under this id does not count.
 
     Raises:
         SupersededError: a later attempt of the same work has begun already.
         DuplicateWorkerError: another live task holds the worker.
+        CheckpointStoreError: there is no store here, or it has failed for too long.
     """
-    log = StoredLog(checked_store(settings), settings.log_prefix(options.name, worker_id))
+    log = StoredLog(_store(settings, identity, options.name, worker_id), settings.log_prefix(options.name, worker_id))
     process = this_process()
     owner = Owner(
         writer=uuid.uuid4().hex,
         task_id=identity.task_id,
         ray_attempt=identity.attempt,
         local_retry=local_retry,
+        epoch=settings.epoch,
         node_id=identity.node_id,
         boot_id=process.boot_id,
         pid=process.pid,
         start_time=process.start_time,
         ray_worker=identity.ray_worker,
     )
-    me = rules.Claimant(owner=owner, task=options.name, worker_id=worker_id, max_failures=max_failures)
+    me = rules.Claimant(
+        owner=owner,
+        task=options.name,
+        worker_id=worker_id,
+        max_failures=max_failures,
+        named_run=settings.named,
+        afresh=afresh,
+        policy=Policy(options.reset_on_progress, options.on_poison == "skip"),
+    )
     try:
-        if identity.attempt:
+        if identity.attempt or settings.named:  # also after the holder of another driver, whom nobody waits for
             me = replace(me, crashed=_death_of_holder(log))
         return _open(log, me, settings, identity, options, leaves=leaves)
     except BaseException as error:
         _give_back(log, owner, cause_of_leaving(error))
         raise
+
+
+def _store(settings: Settings, identity: _ray.Identity, task: str, worker_id: str) -> Store:
+    """The store of the run. An attempt that follows another one waits for it; a first one that finds none is told at once."""
+    if not identity.attempt:
+        return checked_store(settings)
+    return insist(lambda: checked_store(settings), settings.store_patience, _StoreTrouble(task, worker_id, settings.store_patience))
+
+
+class _StoreTrouble:
+    """Says once that a claim waits for the store."""
+
+    def __init__(self, task: str, worker_id: str, patience_s: float) -> None:
+        self._fields = {"task": task, "worker_id": worker_id}
+        self._text = f"'{task}/{worker_id}' cannot begin: {{}}. It tries again, and gives up after {patience_s:g} s."
+        self._told = False
+
+    def __call__(self, error: CheckpointStoreError) -> None:
+        if not self._told:
+            self._told = True
+            _events.emit(
+                logging.WARNING, "faultguard.store_failed", self._text.format(str(error).rstrip(".")), **self._fields, error=str(error)
+            )
 
 
 def _death_of_holder(log: StoredLog) -> tuple[str, str, str]:
@@ -360,12 +425,16 @@ def _open(
     if isinstance(granted, rules.Finished):
         return granted
     schedule = Schedule(options.every, time.monotonic())
-    journal = Journal(log, granted.held, schedule, options.keep)
+    journal = Journal(log, granted.held, schedule, options.keep, settings.store_patience)
     handle = _handle(settings, options, journal, schedule, granted.snapshot)
     if granted.damaged:
         _say_damaged(handle, granted.damaged)
+    if identity.attempt and granted.head is None:
+        _say_from_zero(handle)
     if granted.held.attempt > 1 and granted.held.failures:
         _say_resumed(handle, granted.held, me.max_failures, beside=True)
+    if granted.head is not None and granted.head.life == granted.held.life:
+        _say_quarantined(handle, granted.held, granted.head.quarantined, beside=True)
     return OpenWorker(settings, identity, journal, handle, leaves=leaves)
 
 
@@ -382,7 +451,10 @@ def _handle(settings: Settings, options: TaskOptions, journal: Journal, schedule
         attempt=held.attempt,
         token=held.token,
         failures=held.failures,
+        quarantined=held.quarantined,
         state=options.state,
+        instance=settings.instance,
+        epoch=settings.epoch,
     )
     handle.guard.limit(options.stall_timeout_s)
     return handle
@@ -392,8 +464,9 @@ def _claim(log: StoredLog, me: rules.Claimant, settings: Settings) -> rules.Gran
     """Claim, waiting for a holder of another task until it is known dead."""
     deadline = time.monotonic() + settings.heartbeat_timeout
     watched: tuple[int, float] | None = None  # newest record of the holder, and since when it is the newest
+    trouble = _StoreTrouble(me.task, me.worker_id, settings.store_patience)
     while True:
-        answer = log.run(rules.claim(me, time.time()))
+        answer = insist(functools.partial(_claim_once, log, me), settings.store_patience, trouble)
         if isinstance(answer, (rules.Granted, rules.Finished)):
             return answer
         if isinstance(answer, rules.Refused):
@@ -409,7 +482,7 @@ def _claim(log: StoredLog, me: rules.Claimant, settings: Settings) -> rules.Gran
             watched = (head.number, now)
         waited = dead is None and now - watched[1] >= settings.heartbeat_timeout
         silent = _is_silent(settings, me) if waited else False
-        if dead or silent:
+        if dead or silent or _has_given_up(settings, me, head):
             me = replace(me, gone=head.token, crashed=_death_of_holder(log))
         elif now >= deadline + (HOLDER_POLL_S if silent is False else PROBE_WAIT_S):
             raise _duplicate(me, head, settings)
@@ -417,21 +490,39 @@ def _claim(log: StoredLog, me: rules.Claimant, settings: Settings) -> rules.Gran
             time.sleep(HOLDER_POLL_S)
 
 
+def _claim_once(log: StoredLog, me: rules.Claimant) -> rules.Granted | rules.Finished | rules.Blocked | rules.Refused:
+    return log.run(rules.claim(me, time.time()))
+
+
+def _has_given_up(settings: Settings, me: rules.Claimant, head: Record) -> bool:
+    """Whether the holder lives on without the worker: it said so with its final beat, and a store that was away has no note of it."""
+    heard = _last_beat(settings, me)
+    return heard is not None and heard["final_token"] == head.token
+
+
+def _last_beat(settings: Settings, me: rules.Claimant) -> dict[str, Any] | None:
+    """What the manager has heard of the holder; None: it cannot be asked."""
+    from faultguard._manager import find_or_make
+
+    try:
+        manager = find_or_make(settings, wait_s=MANAGER_WAIT_S)
+        heard: dict[str, Any] = _ray.get_within(manager.last_beat.remote(me.task, me.worker_id), MANAGER_WAIT_S)
+    except (ManagerUnavailableError, *_ray.UNREACHABLE):
+        return None
+    return heard
+
+
 def _is_silent(settings: Settings, me: rules.Claimant) -> bool | None:
     """Whether the manager has watched for long enough and heard nothing of the holder; None: it has, and asks on its node if it lives.
 
     Not to know is not silence.
     """
-    from faultguard._manager import find_or_make
-
-    try:
-        heard = _ray.get_within(find_or_make(settings, wait_s=MANAGER_WAIT_S).last_beat.remote(me.task, me.worker_id), MANAGER_WAIT_S)
-    except (ManagerUnavailableError, *_ray.UNREACHABLE):
+    heard = _last_beat(settings, me)
+    if heard is None:
         return False
-    age = heard["age_s"]
-    if age is None:
+    if heard["age_s"] is None:
         return bool(heard["uptime_s"] >= settings.heartbeat_timeout)
-    return (heard["doubted"] or None) if age >= settings.heartbeat_timeout else False
+    return (heard["doubted"] or None) if heard["age_s"] >= settings.heartbeat_timeout else False
 
 
 def _duplicate(me: rules.Claimant, head: Record, settings: Settings) -> DuplicateWorkerError:
@@ -453,12 +544,46 @@ def run_task(settings: Settings, identity: _ray.Identity, options: TaskOptions, 
     if settings.cancels < _beater.cancelled_all(settings):
         raise Cancelled(f"'{options.name}/{worker_id}' was cancelled by {CALLS} before it began")
     try:
-        opened = open_worker(settings, identity, options, worker_id, max_failures=max_failures, leaves=True)
+        opened = open_worker(settings, identity, options, worker_id, max_failures=max_failures, leaves=True, afresh=work.afresh)
         if isinstance(opened, rules.Finished):
+            if (opened.record.owner.task_id, opened.record.owner.epoch) != (identity.task_id, settings.epoch):
+                _check_recorded(opened.record, settings, work)
             return _recorded(opened, settings, options, work, max_failures)
         return _Task(opened, settings, identity, options, work=work, max_failures=max_failures).run()
     finally:
         leave_all()
+
+
+def _check_recorded(record: Record, settings: Settings, work: Work) -> None:
+    """The outcome of another task is given: it must be of the same arguments, and whoever asks twice is told."""
+    if record.outcome is not None:
+        check_arguments(record.task, record.worker_id, record.outcome, work.arguments)
+    if record.owner.epoch == settings.epoch:
+        then = "its recorded result is given, and nothing is run. Give new work an id of its own, or start it over with"
+        say_completed_already(record, settings, f"{then} .options(resume='never').")
+
+
+def say_completed_already(record: Record, settings: Settings, then: str) -> None:
+    """In a named run an id is one piece of work: whoever asks twice is told what comes of it."""
+    text = f"'{record.task}/{record.worker_id}' was completed by this driver already: {then}"
+    fields = {"run": settings.run, "task": record.task, "worker_id": record.worker_id, "attempt": record.attempt, "token": record.token}
+    _events.emit(logging.WARNING, "faultguard.completed_already", text, **fields)
+
+
+def check_arguments(task: str, worker_id: str, outcome: Outcome, arguments: Mapping[str, str]) -> None:
+    """Refuse an outcome that was made of other arguments.
+
+    Raises:
+        RunMismatchError: some of them, that can be compared, differ.
+    """
+    differ = sorted(name for name, digest in arguments.items() if outcome.arguments.get(name, digest) != digest)
+    if differ:
+        text = (
+            f"worker {worker_id!r} of task {task!r} is on record with other arguments: {', '.join(differ)} differ, so its result is "
+            f"not the one that is asked for. Give the new work an id of its own, or start it over with .options(resume='never'); "
+            f"init(check_args=False) takes the result as it is"
+        )
+        raise RunMismatchError(text, worker_id=worker_id, arguments=tuple(differ))
 
 
 def _recorded(finished: rules.Finished, settings: Settings, options: TaskOptions, work: Work, max_failures: int) -> Any:
@@ -467,12 +592,18 @@ def _recorded(finished: rules.Finished, settings: Settings, options: TaskOptions
     outcome = record.outcome
     if outcome is None or outcome.status == "failed":
         raise max_failures_exceeded(
-            record.worker_id, record.failures, max_failures=max_failures, poison_batch=_poison_batch(record.failures)
+            record.worker_id, record.failures, max_failures=max_failures, poison_batch=poison_batch(record.failures)
         )
     if outcome.recorded:
         return _codec.decode(bytes(outcome.value))
     handle = Checkpoint.in_memory(
-        task=options.name, worker_id=record.worker_id, run=settings.run, snapshot=record.snapshot, state=options.state
+        task=options.name,
+        worker_id=record.worker_id,
+        run=settings.run,
+        instance=settings.instance,
+        snapshot=record.snapshot,
+        state=options.state,
+        quarantined=record.quarantined,
     )
     with entered(TaskContext(handle, settings)):
         return work.call()
@@ -576,14 +707,14 @@ class _Task:
             why = str(error)
         else:
             if len(data) <= MAX_RESULT_BYTES:
-                return Outcome("completed", recorded=True, value=msgspec.Raw(data))
+                return Outcome("completed", recorded=True, value=msgspec.Raw(data), arguments=self._work.arguments)
             why = f"it takes {len(data)} bytes, the limit is {MAX_RESULT_BYTES}"
         text = (
             f"the return value of task {self._options.name!r} cannot be recorded ({why}). If it is asked for again, the function is "
             f"called again with its loops done. Return plain values, or write the result to a file and return its path."
         )
         _events.emit(logging.WARNING, "faultguard.result_not_recorded", text, **self._open.handle.fields())
-        return Outcome("completed")
+        return Outcome("completed", arguments=self._work.arguments)
 
     # --- failures ---
 
@@ -596,7 +727,8 @@ class _Task:
         if not self._retried:
             return False
         self._wait_s = answer.total_seconds() if isinstance(answer, timedelta) else None
-        return not exhausted(self._journal.held.charged + 1, self._max_failures)
+        held = self._journal.held
+        return not exhausted(charge(held.budget, self._open.failure(error), held.policy).charged, self._max_failures)
 
     def _verdict(self, error: Exception) -> bool | timedelta:
         """What the options say about an exception; a predicate that raises says nothing, and must not take its place."""
@@ -604,18 +736,31 @@ class _Task:
         try:
             return verdict(error, retry_on, self._options.give_up_on)
         except Exception as trouble:  # noqa: BLE001 - a user's predicate may raise anything
-            text = f"a predicate of task {self._options.name!r} raised {trouble!r} when asked about {type(error).__name__}; not retried"
-            _events.emit(logging.ERROR, "faultguard.predicate_failed", text, **self._open.handle.fields(), error=repr(trouble))
+            self._say_predicate_failed(error, trouble, "not retried")
             return False
+
+    def _distrusts(self, error: Exception) -> bool:
+        """Whether the process is not to be used any more after an exception; likewise."""
+        try:
+            return bool(matches(error, self._options.fresh_process_on))
+        except Exception as trouble:  # noqa: BLE001 - as above
+            self._say_predicate_failed(error, trouble, "a new process goes on")
+            return True
+
+    def _say_predicate_failed(self, error: Exception, trouble: Exception, then: str) -> None:
+        text = f"a predicate of task {self._options.name!r} raised {trouble!r} when asked about {type(error).__name__}; {then}"
+        _events.emit(logging.ERROR, "faultguard.predicate_failed", text, **self._open.handle.fields(), error=repr(trouble))
 
     def _record_failure(self, state: Any) -> None:
         """Before the wait: the failure, the newest snapshot and the next claim, in one record. Then a new handle."""
         error = state.outcome.exception()
-        failure = self._failure(error)
+        failure = self._open.failure(error)
         traceback.clear_frames(error.__traceback__)  # what the failed attempt held must not meet the next one
+        if self._distrusts(error):
+            self._leave_to_ray(failure, "it is not trusted after that exception (fresh_process_on)")
         if not self._work.repeatable:
-            self._leave_for_new_arguments(failure)
-        before, journal = self._open, self._journal
+            self._leave_to_ray(failure, "the arguments are too large, or hold references, to be kept for a retry in this one")
+        before, journal, quarantined = self._open, self._journal, self._journal.held.quarantined
         before.close("recovered")
         try:
             journal.retry(failure)
@@ -626,12 +771,13 @@ class _Task:
         handle = _handle(self._settings, self._options, reopened, schedule, journal.held.durable)
         self._open = OpenWorker(self._settings, self._identity, reopened, handle, leaves=True)
         _say_resumed(handle, journal.held, self._max_failures, state.next_action.sleep)
+        _say_quarantined(handle, journal.held, quarantined)
 
-    def _leave_for_new_arguments(self, failure: FailureRecord) -> NoReturn:
-        """The arguments cannot be had twice in this process, and may have been changed: let Ray bring them anew."""
-        self._journal.leave(Ended("exception", charged=True), failure)
+    def _leave_to_ray(self, failure: FailureRecord, why: str) -> NoReturn:
+        """No further attempt in this process: let Ray start another one, and bring the arguments as first passed."""
+        self._open.give_up(Ended("exception", charged=True), failure)
         self._open.close("recovered")
-        _say_leaves(self._open.handle, failure)
+        _say_leaves(self._open.handle, failure, why)
         leave_process()
 
     def _give_up(self, error: Exception) -> NoReturn:
@@ -640,7 +786,10 @@ class _Task:
         if isinstance(error, SupersededError):
             self._open.close("recovered")
             raise error
-        failure = self._failure(error)
+        if isinstance(error, CheckpointStoreError):  # nobody's failure: who starts it again, when the store is back, goes on
+            self._open.leave(Ended("store", charged=False))
+            raise error
+        failure = self._open.failure(error)
         try:
             journal.end(Outcome("failed", message=failure.message), journal.newest, failure)
         finally:
@@ -654,21 +803,14 @@ class _Task:
             failures,
             max_failures=self._max_failures,
             last_exception=error,
-            poison_batch=_poison_batch(failures),
+            poison_batch=poison_batch(failures),
         )
-
-    def _failure(self, error: BaseException, cause: str = "exception") -> FailureRecord:
-        text = _text(error)
-        message = f"{type(error).__name__}({text!r})" if text else type(error).__name__
-        if isinstance(error, StalledError):
-            return failure_of(self._open.handle, self._identity, "stall", message, self._open.guard.stacks)
-        return failure_of(self._open.handle, self._identity, cause, message)
 
     def _leave(self, error: BaseException) -> None:
         """Cancel, exit and the like: flush the newest snapshot with a note, and stay out of the way."""
         cause = cause_of_leaving(error)
         charged = is_charged(cause, progressed=self._journal.newest is not self._open.handle.restored)
-        failure = self._failure(error, cause) if charged else None
+        failure = self._open.failure(error, cause) if charged else None
         self._open.leave(Ended(cause, charged), failure)
 
     def _sleep(self, seconds: float) -> None:
@@ -682,8 +824,15 @@ class _Task:
         time.sleep(max(deadline - time.monotonic(), 0.0))
 
 
-def failure_of(handle: Checkpoint, identity: _ray.Identity, cause: str, message: str, seen: str = "") -> FailureRecord:
-    """A failure of an attempt of this process, now."""
+def _is_of_the_batch(error: BaseException) -> bool:
+    """Whether what came out of a batch can be its doing: not a signal, an exit or a cancel, and not the store's trouble."""
+    return isinstance(error, Exception) and not isinstance(error, CheckpointStoreError)
+
+
+def failure_of(
+    handle: Checkpoint, identity: _ray.Identity, cause: str, message: str, seen: str = "", *, pinned: bool = False
+) -> FailureRecord:
+    """A failure of an attempt of this process, now. `pinned`: of the batch at which it stands."""
     return FailureRecord(
         cause=cause,
         attempt=handle.attempt,
@@ -694,6 +843,8 @@ def failure_of(handle: Checkpoint, identity: _ray.Identity, cause: str, message:
         time=time.time(),
         position=handle.position,
         stacks=seen,
+        place=handle.place,
+        pinned=pinned,
     )
 
 
@@ -733,21 +884,13 @@ def cause_of_leaving(error: BaseException) -> str:
     return type(error).__name__
 
 
-def _poison_batch(failures: tuple[FailureRecord, ...]) -> int | None:
-    """The batch at which the last failures in a row happened, if there were enough of them."""
-    last = failures[-POISON_FAILURES:]
-    if len(last) < POISON_FAILURES or len({(failure.batch, failure.position) for failure in last}) > 1:
-        return None
-    return last[-1].batch
-
-
 # --- saying ---------------------------------------------------------------------------------------------------------
 
 
 def _say_resumed(handle: Checkpoint, held: rules.Held, max_failures: int, wait_s: float = 0.0, *, beside: bool = False) -> None:
     """One line per failure and resume, ids first: Ray folds lines that are alike."""
     failure = held.failures[-1]
-    of = "" if max_failures < 0 else f" of {max_failures + 1}"
+    of = "" if not 0 <= held.attempt - 1 <= max_failures else f" of {max_failures + 1}"  # some failures were given back
     where = _place(handle.position, handle.restored_total)
     ago = max(time.time() - failure.time, 0.0)
     there = "there" if failure.position == handle.position else f"at {_place(failure.position)}"
@@ -784,12 +927,36 @@ def _say_given_up(handle: Checkpoint, failure: FailureRecord, max_failures: int 
     _events.emit(logging.WARNING, "faultguard.attempt_failed", text, **handle.fields(), cause=failure.cause, node=failure.node_id)
 
 
-def _say_leaves(handle: Checkpoint, failure: FailureRecord) -> None:
+def _say_quarantined(handle: Checkpoint, held: rules.Held, before: tuple[Place, ...], *, beside: bool = False) -> None:
+    """One line per batch that was not quarantined before."""
+    emit = _events.emit_beside if beside else _events.emit
+    for place in held.quarantined[len(before) :]:
+        failure = held.failures[-1]
+        loops = ", ".join(f"{spot.loop!r}" for spot in place)
+        where = f"{_place(tuple(spot.done for spot in place))} of {loops}"
+        how = failure.message or failure.cause
+        text = (
+            f"'{handle.task}/{handle.worker_id}' quarantines {where}: three attempts failed there, attempt {failure.attempt} with {how}. "
+            f"It is passed over from now on, and its failures are given back."
+        )
+        fields = {**handle.fields(), "quarantined": batch_of(place), "cause": failure.cause}
+        emit(logging.WARNING, "faultguard.batch_quarantined", text, **fields)
+
+
+def _say_leaves(handle: Checkpoint, failure: FailureRecord, why: str) -> None:
     text = (
         f"'{handle.task}/{handle.worker_id}' attempt {failure.attempt} failed at {_place(failure.position)} with {failure.message}; a new "
-        f"process goes on, because the arguments are too large, or hold references, to be kept for a retry in this one."
+        f"process goes on, because {why}."
     )
     _events.emit(logging.WARNING, "faultguard.attempt_left", text, **handle.fields(), cause=failure.cause)
+
+
+def _say_from_zero(handle: Checkpoint) -> None:
+    text = (
+        f"'{handle.task}/{handle.worker_id}' finds nothing of the attempts before it: they died before they began, or its records were "
+        f"removed. It begins from zero."
+    )
+    _events.emit_beside(logging.WARNING, "faultguard.from_zero", text, **handle.fields())
 
 
 def _say_damaged(handle: Checkpoint, damaged: tuple[int, ...]) -> None:

@@ -113,6 +113,7 @@ class _Line:
         self._due = 0.0
         self._lost = False
         self._retry_s = RETRY_S
+        self._interval_s = settings.heartbeat_interval  # or longer, as the manager has told
 
     def step(self, clients: list[_Client]) -> float:
         """Do what is due. Returns when to come again, monotonic seconds."""
@@ -129,13 +130,14 @@ class _Line:
         first = min((client.first for client in clients if client.first > now), default=math.inf)
         if due and (now >= self._due or not (self._lost or all(client.beaten for client in due))):
             self._send(due)
-        return min(self._due, first) if due else first
+        again = min(self._due, first) if due else first
+        return again if self._ref is None else min(again, time.monotonic() + REPLY_S)
 
     def _send(self, clients: list[_Client]) -> None:
         """Beat for all these workers in one call, and see whether it arrives."""
-        self._due = time.monotonic() + self._settings.heartbeat_interval
+        self._due = time.monotonic() + self._interval_s
         try:
-            said = [(client, beat) for client in clients if (beat := _beat(client)) is not None]
+            said = [(client, {**beat, "interval_s": self._interval_s}) for client in clients if (beat := _beat(client)) is not None]
             beats, self._beaten = [beat for _, beat in said], [client for client, _ in said]
             self._ref = find_or_make(self._settings, RESOLVE_S).beat.remote(beats)
         except (ManagerUnavailableError, ray.exceptions.RayError) as error:
@@ -147,8 +149,7 @@ class _Line:
         self._sent = time.monotonic()
         for client in clients:
             client.beaten = True
-        if not self._settle(REPLY_S):
-            self._due = time.monotonic() + REPLY_S
+        self._settle(REPLY_S)
 
     def _settle(self, wait_s: float) -> bool:
         """Look whether the call in flight has ended, and how."""
@@ -158,12 +159,14 @@ class _Line:
             self._ref = ref
             return False
         try:
-            replies, cancelled = ray.get(ref)
+            replies, cancelled, interval_s = ray.get(ref)
         except ray.exceptions.RayError as error:
             self._drop(error)
         else:
             self._back()
-            _cancelled[self._settings.job_id, self._settings.run] = cancelled
+            self._interval_s = interval_s
+            self._due = self._sent + interval_s
+            _cancelled[self._settings.key] = cancelled
             for client, reply in zip(self._beaten, replies, strict=True):
                 _tell(client, reply)
         return True
@@ -219,7 +222,7 @@ def _tell(client: _Client, reply: str) -> None:
 
 def cancelled_all(settings: Settings) -> int:
     """The number of the last cancel of all workers of the run that this process has heard of; 0: of none."""
-    return _cancelled.get((settings.job_id, settings.run), 0)
+    return _cancelled.get(settings.key, 0)
 
 
 def _work(clients: list[_Client]) -> float:
@@ -229,10 +232,9 @@ def _work(clients: list[_Client]) -> float:
             return math.inf
         if not _ray.is_ready():
             return time.monotonic() + IDLE_S
-        runs: dict[tuple[str, str], list[_Client]] = {}
+        runs: dict[str, list[_Client]] = {}
         for client in clients:
-            settings = client.source.settings
-            runs.setdefault((settings.job_id, settings.run), []).append(client)
+            runs.setdefault(client.source.settings.key, []).append(client)
         for gone in _lines.keys() - runs.keys():
             del _lines[gone]
         due = math.inf
@@ -278,8 +280,8 @@ def _after_fork() -> None:
 
 
 _clients: dict[int, _Client] = {}
-_lines: dict[tuple[str, str], _Line] = {}
-_cancelled: dict[tuple[str, str], int] = {}
+_lines: dict[str, _Line] = {}
+_cancelled: dict[str, int] = {}
 _busy = threading.Lock()
 _exiting = threading.Event()
 _hooked = False

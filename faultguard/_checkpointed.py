@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from faultguard import _attempt, _ray, _session
 from faultguard._core.log import Finished
 from faultguard._core.names import check_worker_id
-from faultguard._core.records import Ended, Outcome
+from faultguard._core.records import Ended, FailureRecord, Outcome
 from faultguard._core.schedule import check_every
 from faultguard._core.stall import check_timeout
 from faultguard._handle import Checkpoint
 from faultguard.errors import UsageError
+from faultguard.policy import check_on_poison
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
     from faultguard._core.schedule import Every
     from faultguard._settings import Settings
+    from faultguard.policy import OnPoison
 
 __all__ = ["batches", "checkpointed", "current", "refuse_not_yet"]
 
@@ -53,7 +55,8 @@ class checkpointed:  # noqa: N801 - read as `with checkpointed(...)`
         keep: how many saves stay, at least 2. None: as before, else 3.
         stall_timeout: seconds (or a timedelta) without progress after which `StalledError` is raised in the batch, and in the end the
             process is ended. None: as the decorator or the block around says, else no limit.
-        on_poison: not yet.
+        on_poison: as the decorator's option. In a task that is not decorated "skip" lets failures be counted, so that three in a row are
+            known as such; whoever calls still decides about retries. None: as the decorator says, else "fail".
         allow_pickle: not yet.
 
     Raises:
@@ -79,18 +82,15 @@ class checkpointed:  # noqa: N801 - read as `with checkpointed(...)`
         every: Every | None = None,
         keep: int | None = None,
         stall_timeout: float | timedelta | None = None,
-        on_poison: str = "fail",
+        on_poison: OnPoison | None = None,
         allow_pickle: bool = False,
     ) -> None:
-        refuse_not_yet(
-            "checkpointed",
-            on_poison=(on_poison, "fail"),
-            allow_pickle=(allow_pickle, False),
-        )
+        refuse_not_yet("checkpointed", allow_pickle=(allow_pickle, False))
         self._worker_id = check_worker_id(worker_id) if worker_id is not None else None
         self._state = Checkpoint.check_state(state)
         self._every = check_every(every) if every is not None else None
         self._keep = check_keep(keep) if keep is not None else None
+        self._on_poison = check_on_poison("checkpointed", on_poison) if on_poison is not None else None
         self._stall_timeout_s = check_timeout("checkpointed(stall_timeout=", stall_timeout)
         self._opened: _attempt.OpenWorker | None = None  # a worker of this block's own
         self._entered: _session.entered | None = None
@@ -189,7 +189,7 @@ class checkpointed:  # noqa: N801 - read as `with checkpointed(...)`
         self._depth = handle.depth
         if self._state is not None:
             handle.default_state(self._state)
-        handle.configure(self._every, self._keep, self._stall_timeout_s)
+        handle.configure(self._every, self._keep, self._stall_timeout_s, self._on_poison)
         return handle
 
     def _enter(self, task: _session.TaskContext) -> Checkpoint:
@@ -217,21 +217,33 @@ class checkpointed:  # noqa: N801 - read as `with checkpointed(...)`
             every=self._every or "auto",
             keep=self._keep or _attempt.DEFAULT_KEEP,
             stall_timeout_s=self._stall_timeout_s or (task.handle.guard.timeout_s if task is not None else None),
+            on_poison=self._on_poison or "fail",
         )
         local_retry = task.local_retry if task is not None else 0
         opened = _attempt.open_worker(
             settings, identity, options, worker_id, max_failures=-1, local_retry=local_retry, leaves=task is not None and task.decorated
         )
-        if isinstance(opened, Finished):  # this task has finished the block before it failed: its loops are done
+        if isinstance(opened, Finished):  # this task before it failed, or in a named run another one, has finished the block
             record = opened.record
-            if (record.owner.ray_attempt, record.owner.local_retry) == (identity.attempt, local_retry):
+            owner = record.owner
+            mine = (settings.epoch, identity.task_id, identity.attempt, local_retry)
+            if (owner.epoch, owner.task_id, owner.ray_attempt, owner.local_retry) == mine:
                 msg = (
                     f"a second block checkpointed({worker_id!r}) is refused: this attempt has ended the first one, and its loops are "
                     f"done. Give each block an id of its own; what you retry by yourself goes into the block"
                 )
                 raise UsageError(msg)
+            if settings.named and owner.epoch == settings.epoch and owner.task_id != identity.task_id:
+                then = "the loops of its block are done, and yield nothing. Give new work an id of its own."
+                _attempt.say_completed_already(record, settings, then)
             handle = Checkpoint.in_memory(
-                task=record.task, worker_id=record.worker_id, run=settings.run, snapshot=record.snapshot, state=self._state
+                task=record.task,
+                worker_id=record.worker_id,
+                run=settings.run,
+                instance=settings.instance,
+                snapshot=record.snapshot,
+                state=self._state,
+                quarantined=record.quarantined,
             )
         else:
             self._opened = opened
@@ -241,7 +253,7 @@ class checkpointed:  # noqa: N801 - read as `with checkpointed(...)`
     def _end(self, opened: _attempt.OpenWorker, error: BaseException | None) -> None:
         """End a worker of this block's own: with an outcome, or with a note that it leaves. Its caller decides about retries."""
         if error is not None:
-            opened.leave(Ended(_attempt.cause_of_leaving(error), charged=False))
+            opened.leave(*self._note(opened, error))
             return
         try:
             opened.journal.end(Outcome("completed"), self._handle.finish())
@@ -249,6 +261,12 @@ class checkpointed:  # noqa: N801 - read as `with checkpointed(...)`
             opened.close("recovered")
             raise
         opened.close("completed")
+
+    def _note(self, opened: _attempt.OpenWorker, error: BaseException) -> tuple[Ended, FailureRecord | None]:
+        """Why the block leaves. It has no budget; failures are counted only so that three in a row at one batch are seen."""
+        cause = _attempt.cause_of_leaving(error)
+        failure = opened.failure(error) if self._on_poison == "skip" and isinstance(error, Exception) else None
+        return Ended(cause, charged=failure is not None), failure
 
 
 def check_keep(keep: object) -> int:

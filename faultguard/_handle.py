@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import dis
 import itertools
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -11,9 +13,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import msgspec
 
 from faultguard import _codec
+from faultguard._core.budget import batch_of, must_pin
 from faultguard._core.cursors import Cursors, Loop, input_changed
-from faultguard._core.records import HAND_WRITTEN, FailureRecord, Snapshot
-from faultguard._core.schedule import NOW, Every, Schedule
+from faultguard._core.names import MAX_RECORD_NUMBER
+from faultguard._core.records import HAND_WRITTEN, FailureRecord, Place, Snapshot, positions
+from faultguard._core.schedule import NOW, Every, Pinning, Schedule
 from faultguard._core.stall import check_timeout
 from faultguard._stall import Section, StallGuard
 from faultguard._tracking import tracker
@@ -21,14 +25,18 @@ from faultguard.errors import UsageError
 
 if TYPE_CHECKING:
     from datetime import timedelta
+    from types import FrameType
 
     from faultguard._journal import Journal
     from faultguard._tracking import Tracked
+    from faultguard.policy import OnPoison
 
 __all__ = ["Checkpoint"]
 
 T = TypeVar("T")
 SLOW_SKIP_S = 10.0
+TOKENS_PER_EPOCH = MAX_RECORD_NUMBER + 1
+LETS_GO = {dis.opmap[name] for name in ("POP_TOP", "POP_ITER") if name in dis.opmap}  # of the iterator of a loop: `break`, `return`
 
 
 class Checkpoint:
@@ -41,8 +49,10 @@ class Checkpoint:
         attempt: of this worker, counted from 1.
         resumed: whether it goes on from a checkpoint.
         state: what the loop carries, a dict. Saved at batch boundaries, restored before the body runs.
-        failures: of this budget, oldest first.
-        token: fencing token, grows with every attempt: for the external sink.
+        failures: of this budget, oldest first, those included that were given back.
+        quarantined: the batches that are passed over, oldest first, each as `position` was there: `((3,), (7,))`.
+        token: fencing token, an int below 2**63 that grows with every attempt, in a named run also from one driver, and one instance,
+            to the next: for the external sink.
     """
 
     def __init__(
@@ -58,19 +68,23 @@ class Checkpoint:
         attempt: int = 1,
         token: int = 0,
         failures: tuple[FailureRecord, ...] = (),
+        quarantined: tuple[Place, ...] = (),
         state: Mapping[str, Any] | None = None,
+        instance: int = 0,
+        epoch: int = 0,
     ) -> None:
         """Made by `checkpointed` and by the decorator, not by users."""
         self.run = run
         self.task = task
         self.worker_id = worker_id
         self.attempt = attempt
-        self.token = token
+        self.token = token + epoch * TOKENS_PER_EPOCH
         self.failures = failures
-        self.quarantined: tuple[int, ...] = ()
+        self.quarantined = positions(quarantined)
         self.resumed = snapshot is not None
         self.total_batches: int | None = None
-        self._life = life
+        self._claim = token
+        self._life = (instance, life) if instance else (life,)
         self._journal = journal
         self._schedule = schedule
         self._restored = snapshot
@@ -84,9 +98,12 @@ class Checkpoint:
         self._stop: Callable[[], BaseException] | None = None  # makes what the next boundary raises, once it has taken its snapshot
         self._by_hand: Loop | None = None  # a loop that `advance()` counts, while it may go on
         self.guard = StallGuard(schedule, self._standing)
+        self._set_aside = {batch_of(place) for place in quarantined}
+        self._pinning: Pinning | None = None
         self._before_block: tuple[Snapshot | None] | None = None  # of a block that a loop was left early in: what was newest then
         if journal is not None:
             journal.fields = self.fields
+            self._begin_pinning(journal)
         if state is not None:
             self.default_state(state)
 
@@ -114,6 +131,21 @@ class Checkpoint:
     def position(self) -> tuple[int, ...]:
         """Batches done per open loop, outer to inner."""
         return self._cursors.position
+
+    @property
+    def place(self) -> Place:
+        """`position` with the names of the loops, for the records."""
+        return self._cursors.place
+
+    @property
+    def thrown_out(self) -> bool:
+        """Whether an exception came out of the batch at `place`, which could be passed over."""
+        return self._cursors.thrown_out
+
+    @property
+    def held_up(self) -> bool:
+        """Whether the batch at `place`, which could be passed over, is in hand."""
+        return self._cursors.in_hand and bool(self._cursors.begins)
 
     @property
     def durable_batch(self) -> int:
@@ -177,7 +209,7 @@ class Checkpoint:
             if loop.finished:
                 cursors.finish(loop)
                 return
-            for item in self._source(iterable, loop):
+            for item in self._batches_of(iterable, loop):
                 loop.current = item if type(item) not in growing else _Seen(_codec.fingerprint(item))
                 loop.in_hand = True
                 yield item
@@ -192,13 +224,23 @@ class Checkpoint:
                         del scopes[inside:]
                     if look:
                         self._boundary()
-        except BaseException:
-            cursors.leave(loop)
-            self.guard.leave()
+        except BaseException as error:
+            self._leave(loop, raised=not isinstance(error, GeneratorExit) or _unwinds(sys._getframe().f_back))  # noqa: SLF001
             raise
-        cursors.finish(loop)
+        self._finish(loop)
+
+    def _leave(self, loop: Loop, *, raised: bool) -> None:
+        self._cursors.leave(loop, raised=raised)
+        self.guard.leave()
+        if self._pinning is not None and self._journal is not None and not raised:
+            self._journal.unpin()
+
+    def _finish(self, loop: Loop) -> None:
+        self._cursors.finish(loop)
         self.guard.loop_over()
         self._boundary(0)
+        if self._pinning is not None:
+            self._pin(())
 
     def _begin(self, loop: Loop, *, closed: bool) -> None:
         """A loop begins: inside of another one's batch, or after another one, which that may have closed."""
@@ -219,24 +261,78 @@ class Checkpoint:
         )
         raise UsageError(msg)
 
+    def _batches_of(self, iterable: Any, loop: Loop) -> Iterator[Any]:
+        """The batches from where the loop goes on, one by one where something has to be seen to between them."""
+        return self._source(iterable, loop) if self._pinning is None and not self._set_aside else self._carefully(iterable, loop)
+
     def _source(self, iterable: Any, loop: Loop) -> Iterator[Any]:
         """The batches from where the loop goes on; getting there is not timed."""
         self.guard.enter()
         with self.guard.untimed() if loop.done or not loop.depth else self.guard.paused():
             return self._from(iterable, loop, loop.done)
 
+    def _carefully(self, iterable: Any, loop: Loop) -> Iterator[Any]:
+        """The batches that are not quarantined. Where a batch has killed the attempt before, each is recorded before it is even read."""
+        items = self._source(iterable, loop)
+        while self._pinning is not None or self._set_aside:
+            if batch_of(self._cursors.place) in self._set_aside:
+                items = self._pass_over(iterable, loop, items)
+                continue
+            if self._pinning is not None:
+                self._pin(self._cursors.begins)
+            try:
+                item = next(items)
+            except StopIteration:
+                return
+            yield item
+        yield from items
+
+    def _pass_over(self, iterable: Any, loop: Loop, items: Iterator[Any]) -> Iterator[Any]:
+        """Count a quarantined batch as done. It is not read where there is another way: that may be what it fails at."""
+        if _is_indexed(iterable) and not self._is_tracked(iterable):
+            self._cursors.pass_over(loop, None)
+            return self._from(iterable, loop, loop.done)
+        try:
+            item = next(items)
+        except StopIteration:
+            raise input_changed(loop, f"it ends after {loop.done} batches") from None
+        self._cursors.pass_over(loop, _codec.fingerprint(item))
+        return items
+
+    def _begin_pinning(self, journal: Journal) -> None:
+        """After a crash: which batch it was is known if the next one that kills its process was recorded just before it began."""
+        held = journal.held
+        wanted = held.policy.skip_poison and must_pin(held.predecessor, held.failures)
+        self._pinning = Pinning(self._schedule.lag, time.monotonic()) if wanted else None
+
+    def _pin(self, begins: Place) -> None:
+        """Record, and wait for it, that a batch begins; at last, that from now on nobody says which."""
+        if self._pinning is None or self._journal is None:
+            return
+        more = self._pinning.next(time.monotonic())
+        with self.guard.paused():
+            self._journal.pin(self._snapshot()[0], begins if more else ())
+        if more:
+            self._pinning.written(time.monotonic())
+        else:
+            self._pinning = None
+
+    def _is_tracked(self, iterable: Any) -> bool:
+        return any(iterable is tracked.source for tracked in self._tracked.values())
+
     def _from(self, iterable: Any, loop: Loop, start: int) -> Iterator[Any]:
         """The batches from `start`; what is skipped is compared with what the checkpoint remembers."""
         if callable(iterable) and not isinstance(iterable, Iterable):
             return _iter(iterable(start))
-        if start == 0 or any(iterable is tracked.source for tracked in self._tracked.values()):
+        if start == 0 or self._is_tracked(iterable):
             return iter(iterable)
         return self._index(iterable, loop, start) if _is_indexed(iterable) else self._skip(iterable, loop, start)
 
     def _index(self, sequence: Any, loop: Loop, start: int) -> Iterator[Any]:
         if len(sequence) < start:
             raise input_changed(loop, f"it has only {len(sequence)} batches")
-        self._compare(loop, sequence[start - 1])
+        if loop.last is not None:  # else nothing is known of it; it may be one that cannot even be read
+            self._compare(loop, sequence[start - 1])
         if isinstance(sequence, (list, tuple)):  # which may be grown while the loop runs
             return itertools.islice(sequence, start, None)
         if isinstance(sequence, range) or _is_array(sequence):
@@ -386,7 +482,7 @@ class Checkpoint:
             f"{encode_name(loop.name)}:{loop.done if is_open else 'over'}" if loop.name != HAND_WRITTEN else f":{loop.done}"
             for loop in self._cursors.here
         )
-        return f"{names}/{self._life}/{'/'.join(loops) or 'start'}" + (f"/{suffix}" if suffix is not None else "")
+        return f"{names}/{'/'.join(map(str, self._life))}/{'/'.join(loops) or 'start'}" + (f"/{suffix}" if suffix is not None else "")
 
     def check(self) -> None:
         """Raise if this attempt must stop.
@@ -415,9 +511,21 @@ class Checkpoint:
         run: str = "memory",
         state: Mapping[str, Any] | None = None,
         snapshot: Snapshot | None = None,
+        quarantined: tuple[Place, ...] = (),
+        instance: int = 0,
     ) -> Checkpoint:
         """A handle that saves nothing: for a function that is called directly, and to compute a recorded result again."""
-        return cls(run=run, task=task, worker_id=worker_id, journal=None, snapshot=snapshot, schedule=Schedule("auto", 0.0), state=state)
+        return cls(
+            run=run,
+            task=task,
+            worker_id=worker_id,
+            journal=None,
+            snapshot=snapshot,
+            schedule=Schedule("auto", 0.0),
+            quarantined=quarantined,
+            state=state,
+            instance=instance,
+        )
 
     def default_state(self, state: Mapping[str, Any]) -> None:
         """The state to begin with where nothing is saved."""
@@ -435,14 +543,26 @@ class Checkpoint:
             _codec.encode(dict(state))
         return state
 
-    def configure(self, every: Every | None = None, keep: int | None = None, stall_timeout_s: float | None = None) -> None:
-        """Save at another interval, keep another number of saves, stall after another time, from now on."""
+    def configure(
+        self,
+        every: Every | None = None,
+        keep: int | None = None,
+        stall_timeout_s: float | None = None,
+        on_poison: OnPoison | None = None,
+    ) -> None:
+        """Save at another interval, keep another number of saves, stall after another time, quarantine or not, from now on."""
         if stall_timeout_s is not None:
             self.guard.limit(stall_timeout_s)
         if every is not None:
             self._schedule.configure(every)
-        if keep is not None and self._journal is not None:
+        if self._journal is None:
+            return
+        if keep is not None:
             self._journal.keep = keep
+        if on_poison is not None:
+            self._journal.skip_poison(on_poison == "skip")
+        if every is not None or on_poison is not None:
+            self._begin_pinning(self._journal)
 
     def stop(self, error: Callable[[], BaseException]) -> None:
         """Let the next boundary take a snapshot and raise `error()`; from any thread. Again, should the loop not have looked."""
@@ -492,7 +612,7 @@ class Checkpoint:
             "task": self.task,
             "worker_id": self.worker_id,
             "attempt": self.attempt,
-            "token": self.token,
+            "token": self._claim,
             "batch": self.current_batch,
         }
 
@@ -581,6 +701,11 @@ class _Seen(str):
 def _fingerprint(loop: Loop) -> str:
     """Of `loop.current`."""
     return str(loop.current) if isinstance(loop.current, _Seen) else _codec.fingerprint(loop.current)
+
+
+def _unwinds(frame: FrameType | None) -> bool:
+    """Whether the frame that lets go of a loop does so because of an exception, which cannot be seen from inside of the loop."""
+    return frame is not None and frame.f_code.co_code[frame.f_lasti] not in LETS_GO
 
 
 def _iter(items: Iterable[Any]) -> Iterator[Any]:

@@ -10,27 +10,49 @@ import logging
 import math
 import threading
 import time
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from faultguard import _events
 from faultguard._core import log as rules
 from faultguard._core.records import Ended
 from faultguard._core.schedule import NOW, snapshot_to_flush
 from faultguard._sidecar import Sidecar
-from faultguard.errors import CheckpointStoreError, SupersededError
+from faultguard.errors import CheckpointStoreError, OtherStoreError, SupersededError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator
+    from collections.abc import Callable
 
-    from faultguard._core.records import FailureRecord, Outcome, Snapshot
+    from faultguard._core.records import FailureRecord, Outcome, Place, Snapshot
     from faultguard._core.schedule import Schedule
     from faultguard._log import StoredLog
 
-__all__ = ["Journal"]
+__all__ = ["Journal", "insist"]
 
+T = TypeVar("T")
 STORE_RETRY_S = 1.0
 TIDY_DELAY_S = 0.1  # deleting beside the loop disturbs its next save: seldom, and several at once
-STORE_PATIENCE_S = 60.0  # how long a store may fail before the loop is told; nothing durable is lost meanwhile
+
+
+def insist(ask: Callable[[], T], patience_s: float, trouble: Callable[[CheckpointStoreError], None]) -> T:
+    """Ask the store for what cannot be done without, until it answers: one that fails for a moment must not end the work.
+
+    Args:
+        ask: fails with `CheckpointStoreError`, and may be tried again.
+        patience_s: for how long; then the error is raised.
+        trouble: is told each time.
+    """
+    deadline = time.monotonic() + patience_s
+    while True:
+        try:
+            return ask()
+        except OtherStoreError:
+            raise
+        except CheckpointStoreError as error:
+            if time.monotonic() >= deadline:
+                raise
+            trouble(error)
+        time.sleep(STORE_RETRY_S)
 
 
 class Journal:
@@ -41,9 +63,10 @@ class Journal:
         held: what the claim was granted.
         schedule: told of every write and its cost.
         keep: how many saves stay in the log, at least 2.
+        patience_s: how long the store may fail before the loop is told; nothing durable is lost meanwhile.
     """
 
-    def __init__(self, log: StoredLog, held: rules.Held, schedule: Schedule, keep: int) -> None:
+    def __init__(self, log: StoredLog, held: rules.Held, schedule: Schedule, keep: int, patience_s: float = 60.0) -> None:
         self.log = log
         self.held = held
         self.superseded = False
@@ -53,8 +76,10 @@ class Journal:
         self._excused = False
         self._schedule = schedule
         self.keep = keep
+        self._patience_s = patience_s
         self._lock = threading.Lock()  # one write in flight
         self._newest: Snapshot | None = None  # taken by this attempt or an earlier one of this process
+        self._begins: Place = ()  # the batch that began right after `_newest`, where that is recorded
         self._due = math.inf
         self._failing_since: float | None = None
         self._error: CheckpointStoreError | None = None
@@ -67,12 +92,13 @@ class Journal:
 
     def reopened(self, schedule: Schedule, keep: int) -> Journal:
         """For the next attempt of this process, after `retry`. What this one still deletes, and the next one writes, is one log."""
-        journal = Journal(self.log, self.held, schedule, keep)
+        journal = Journal(self.log, self.held, schedule, keep, self._patience_s)
         journal._lock = self._lock
         return journal
 
     def offer(self, snapshot: Snapshot, due: float) -> None:
         """Take a snapshot, to be written at `due` (monotonic seconds) unless a newer one comes; the newest always counts."""
+        self._begins = ()  # first: a batch that is over must never be recorded with a later snapshot
         self._newest = snapshot
         if self.superseded:
             self._schedule.look_at = NOW  # the schedule may just have looked the other way
@@ -85,12 +111,37 @@ class Journal:
 
         Raises:
             SupersededError: a later attempt owns the worker.
-            CheckpointStoreError: the store did not take it.
+            CheckpointStoreError: the store has failed for too long.
         """
-        self._newest = snapshot
-        with self._lock:
-            tidy = self._tidy_at == math.inf
+        self._write_here(snapshot, ())
+
+    def pin(self, snapshot: Snapshot, begins: Place) -> None:
+        """Write a snapshot, and which batch begins right after it; durable on return.
+
+        Raises:
+            SupersededError: a later attempt owns the worker.
+            CheckpointStoreError: the store has failed for too long.
+        """
+        self._write_here(snapshot, begins)
+
+    def skip_poison(self, skip: bool) -> None:  # noqa: FBT001 - what the block says
+        """Whether a batch that fails three times in a row is quarantined, from now on."""
+        self.held.policy = replace(self.held.policy, skip_poison=skip)
+
+    def unpin(self) -> None:
+        """The batch that is recorded as begun is over, and no snapshot follows: the writer thread says so."""
+        self._begins = ()
+        self._due = NOW
+        self._call_writer()
+
+    def _write_here(self, snapshot: Snapshot, begins: Place) -> None:
+        tidy = self._tidy_at == math.inf
+
+        def write() -> None:
+            self._newest, self._begins = snapshot, begins  # under the lock: the writer thread must not see one without the other
             self._write_newest()
+
+        self._insist(write)
         if tidy and self._tidy_at < math.inf:
             self._call_writer()
         self.raise_if_superseded()
@@ -139,7 +190,7 @@ class Journal:
         """
         self.raise_if_superseded()
         since, error = self._failing_since, self._error  # the writer may clear them at any moment
-        if since is not None and error is not None and time.monotonic() - since > STORE_PATIENCE_S:
+        if since is not None and error is not None and time.monotonic() - since > self._patience_s:
             raise error
 
     def raise_if_superseded(self) -> None:
@@ -150,8 +201,7 @@ class Journal:
 
     def look(self) -> None:
         """Look into the log whether somebody is above; raise `SupersededError` then."""
-        with self._lock:
-            self._look()
+        self._insist(self._look)
         self.raise_if_superseded()
 
     def _look(self) -> None:
@@ -162,9 +212,8 @@ class Journal:
 
     def retry(self, failure: FailureRecord) -> None:
         """Record a failure, the newest snapshot and the claim of the next attempt, at once."""
-        with self._lock:
-            snapshot = snapshot_to_flush(self._newest, self.held.durable)
-            self._last(self._insist(lambda: rules.retry_record(self.held, snapshot, failure, time.time())))
+        snapshot = self.newest
+        self._insist(lambda: self._last(self.log.run(rules.retry_record(self.held, snapshot, failure, time.time()))))
         self.raise_if_superseded()
 
     def leave(self, ended: Ended, failure: FailureRecord | None = None) -> None:
@@ -173,29 +222,26 @@ class Journal:
             if self._closed:  # cut between its last record and its end: there is nothing left to say
                 return
             snapshot = snapshot_to_flush(self._newest, self.held.durable)
-            saved = self.log.run(rules.save(self.held, snapshot, time.time(), ended=ended, failure=failure))
-            self._last(saved)
+            self._last(self._save(snapshot, ended=ended, failure=failure))
         self.raise_if_superseded()
 
     def end(self, outcome: Outcome, snapshot: Snapshot | None, failure: FailureRecord | None = None) -> None:
         """Record the outcome, with the state that belongs to it."""
-        with self._lock:
-            ended = Ended("exception", charged=True) if failure is not None else None
-            self._last(self._insist(lambda: rules.save(self.held, snapshot, time.time(), ended=ended, failure=failure, outcome=outcome)))
+        ended = Ended("exception", charged=True) if failure is not None else None
+        self._insist(lambda: self._last(self._save(snapshot, ended=ended, failure=failure, outcome=outcome)))
         self.raise_if_superseded()
 
-    def _insist(self, procedure: Callable[[], Generator[rules.Op, Any, bool]]) -> bool:
-        """Under the lock: a record without which the worker would be lost. A store that fails for a moment must not end it."""
-        deadline = time.monotonic() + STORE_PATIENCE_S
-        while True:
+    def _save(self, snapshot: Snapshot | None, **what: Any) -> bool:
+        saved: bool = self.log.run(rules.save(self.held, snapshot, time.time(), **what))
+        return saved
+
+    def _insist(self, ask: Callable[[], None]) -> None:
+        """Do, on the thread of the loop, what that cannot do without. Under the lock: a retry that the writer settles would count twice."""
+        with self._lock:
             try:
-                saved: bool = self.log.run(procedure())
-            except CheckpointStoreError:  # noqa: PERF203 - trying again is the point
-                if time.monotonic() >= deadline:
-                    raise
-                time.sleep(STORE_RETRY_S)
-            else:
-                return saved
+                insist(ask, self._patience_s, lambda error: self._trouble(error, time.monotonic()))
+            finally:  # whatever came of it, the next trouble is a new one
+                self._failing_since = self._error = None
 
     def close(self) -> None:
         """Let the writer thread go; after `leave`, `end` or `retry` nothing is pending. What it has not deleted, a later attempt does."""
@@ -211,15 +257,15 @@ class Journal:
 
     def _write_newest(self) -> None:
         """Under the lock."""
-        snapshot = self.newest
+        snapshot, begins = self.newest, self._begins
         excuse = self._excuse if snapshot is not self._began_with else None
         if snapshot is None or self.superseded or self._closed:
             return
-        if snapshot is self.held.durable and (excuse is None or self._excused):
+        if snapshot is self.held.durable and begins == self.held.begins and (excuse is None or self._excused):
             return
         started = time.thread_time()
         self._schedule.begins(time.monotonic())
-        self._outcome_of(self.log.run(rules.save(self.held, snapshot, time.time(), ended=excuse)))
+        self._outcome_of(self._save(snapshot, ended=excuse, begins=begins))
         self._excused = excuse is not None
         now = time.monotonic()
         if not self.superseded:
@@ -274,8 +320,8 @@ class Journal:
             _events.emit(
                 logging.WARNING,
                 "faultguard.store_failed",
-                f"'{self.held.task}/{self.held.worker_id}' cannot save: {error}. It tries again, and ends the loop after "
-                f"{STORE_PATIENCE_S:.0f} s.",
+                f"'{self.held.task}/{self.held.worker_id}' cannot save: {str(error).rstrip('.')}. It tries again, and gives up after "
+                f"{self._patience_s:g} s.",
                 **self.fields(),
                 error=str(error),
             )

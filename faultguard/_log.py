@@ -7,17 +7,20 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from faultguard._core.log import Create, Delete, Get, List, Op, Reply
 from faultguard._core.names import record_name, record_number
 from faultguard._core.records import decode_record
+from faultguard._core.runs import decode_run_record
 from faultguard.errors import AmbiguousReplyError
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
+    from collections.abc import Callable, Generator
 
     from faultguard._core.records import Record
+    from faultguard._core.runs import RunRecord
     from faultguard.storage import Store
 
 __all__ = ["StoredLog"]
 
 Result = TypeVar("Result")
+Found = TypeVar("Found")
 
 
 class StoredLog:
@@ -48,9 +51,16 @@ class StoredLog:
 
     def newest(self) -> Record | None:
         """The newest intact record; None when there is none."""
-        for number in reversed(self._numbers()):
+        return self._newest(decode_record)
+
+    def newest_run(self) -> RunRecord | None:
+        """The same of the log of a run."""
+        return self._newest(decode_run_record)
+
+    def _newest(self, decode: Callable[[bytes, int], Found | None]) -> Found | None:
+        for number in reversed(self.numbers()):
             data = self.store.get(self.prefix + record_name(number))
-            if data is not None and (record := decode_record(data, number)) is not None:
+            if data is not None and (record := decode(data, number)) is not None:
                 return record
         return None
 
@@ -61,7 +71,7 @@ class StoredLog:
             case Get(number):
                 return self.store.get(self.prefix + record_name(number))
             case List():
-                return self._numbers()
+                return self.numbers()
             case Delete(number):
                 self.store.delete(self.prefix + record_name(number))
                 return None
@@ -72,6 +82,7 @@ class StoredLog:
         except AmbiguousReplyError:
             return Reply.AMBIGUOUS
 
-    def _numbers(self) -> list[int]:
+    def numbers(self) -> list[int]:
+        """Of all records, ascending."""
         names = (key[len(self.prefix) :] for key in self.store.list(self.prefix))
         return [number for name in names if (number := record_number(name)) is not None]

@@ -20,6 +20,7 @@ import msgspec
 import ray
 
 from faultguard import _events, _ray
+from faultguard._core.pace import Pace
 from faultguard._core.records import Outcome
 from faultguard._core.silence import Verdict
 from faultguard._prober import Prober
@@ -69,12 +70,15 @@ class RecoveryManagerActor:
         self._name = name
         self._actor_id = ray.get_runtime_context().get_actor_id() or ""
         self._registry = Registry(self._settings, self._actor_id)
-        self._live = LiveView(self._settings.heartbeat_timeout, time.monotonic())
+        self._live = LiveView(self._settings.heartbeat_timeout, time.monotonic(), self._settings.heartbeat_interval)
+        self._pace = Pace(self._settings.heartbeat_interval, time.monotonic(), time.process_time())
+        self._calls = 0
         self._pool = ThreadPoolExecutor(STORE_THREADS, "faultguard-store")  # the store may hang; beats are answered all the same
         self._looking: dict[str, asyncio.Future[bool]] = {}
         self._pauses = 0
         self._monitor: _Ticker | None = None
         self._prober = Prober(self._settings.heartbeat_timeout)
+        self._survey_due = True
         if name:
             period_s = min(self._settings.heartbeat_interval, JOB_CHECK_S)
             for worker_id, number in msgspec.msgpack.decode(_ray.kv_get(self._cancels_key) or msgspec.msgpack.encode([])):
@@ -216,9 +220,14 @@ class RecoveryManagerActor:
         return {"pid": os.getpid(), "differs": "; ".join(differences)}
 
     @ray.method(concurrency_group="beats")
-    async def beat(self, beats: list[dict[str, Any]]) -> tuple[list[str], int]:
-        """Take the beats of a process; for each "ok" or what its worker must know, and the number of the last cancel of all."""
-        return self._live.beat(beats, time.monotonic(), time.time()), self._live.cancelled_all
+    async def beat(self, beats: list[dict[str, Any]]) -> tuple[list[str], int, float]:
+        """Take the beats of a process.
+
+        Returns:
+            For each "ok" or what its worker must know; the number of the last cancel of all; in how many seconds to beat again.
+        """
+        self._calls += 1
+        return self._live.beat(beats, time.monotonic(), time.time()), self._live.cancelled_all, self._live.interval_s
 
     @ray.method(concurrency_group="beats")
     async def cancel(self, number: int, worker_id: str | None) -> None:
@@ -228,7 +237,7 @@ class RecoveryManagerActor:
 
     @ray.method(concurrency_group="beats")
     async def last_beat(self, task: str, worker_id: str) -> dict[str, float | bool | None]:
-        """Say for how many seconds a worker has been silent (None: never heard), whether a probe doubts it, how long this actor listens."""
+        """Say for how long a worker has been silent, whether a probe doubts it, for how long this actor listens, and who was over."""
         return self._live.last_beat(task, worker_id, time.monotonic())
 
     @ray.method(concurrency_group="beats")
@@ -289,7 +298,13 @@ class RecoveryManagerActor:
 
     def _watch(self, period_s: float) -> None:
         """One look of a shared manager."""
+        self._pace.look(time.monotonic(), time.process_time(), calls=self._calls, senders=self._live.senders())
+        self._live.interval_s = self._pace.interval_s
         self._live.drain(_ray.draining_nodes())
+        if self._survey_due and _ray.is_restarted():  # who stood still under the process before this one will not beat
+            self._prober.survey(self._settings.run)
+        self._survey_due = False
+        self._live.adopt(self._prober.surveyed(), time.monotonic(), time.time())
         for beat in self._live.check(time.monotonic(), period_s):
             _say_silent(beat)
         for said, verdict, is_new in self._prober.step(self._live.silent(), time.monotonic()):
@@ -490,7 +505,7 @@ def manager_name(settings: Settings) -> str:
     >>> manager_name(Settings(run="r", checkpoint_dir="/c", store_id="1", job_id="01000000"))
     'faultguard-v1-01000000-r'
     """
-    return f"faultguard-v{PROTOCOL}-{settings.job_id}-{settings.run}"
+    return f"faultguard-v{PROTOCOL}-{settings.key}"
 
 
 def find_or_make(settings: Settings, wait_s: float = READY_S) -> ActorHandle[RecoveryManagerActor]:

@@ -20,9 +20,9 @@ from faultguard._core.silence import Held, Mark
 from faultguard._process import ProcessId, is_dead, this_process
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
-__all__ = ["erase", "read", "write"]
+__all__ = ["erase", "read", "read_all", "write"]
 
 _decoder = msgspec.json.Decoder(Mark)
 _folder: Path | None = None
@@ -63,6 +63,11 @@ def read(process: ProcessId) -> Mark | None:
     return _decode(_path(process))
 
 
+def read_all() -> list[tuple[ProcessId, Mark]]:
+    """What the living processes of this node have said last."""
+    return [(process, mark) for _, process, mark in _files(_directory()) if is_dead(process) is False]
+
+
 def _decode(path: Path) -> Mark | None:
     try:
         return _decoder.decode(path.read_bytes())
@@ -86,12 +91,19 @@ def _directory() -> Path:
 
 def _forget_the_dead(folder: Path) -> None:
     """Remove what processes left that were killed."""
+    for path, process, _ in _files(folder):
+        if is_dead(process):
+            with contextlib.suppress(OSError):
+                path.unlink()
+
+
+def _files(folder: Path) -> Iterator[tuple[Path, ProcessId, Mark]]:
+    """All that can be read, and whose they are."""
     for path in folder.glob("*-*.json"):
         pid, _, start_time = path.stem.partition("-")
         mark = _decode(path)
-        if mark is not None and is_dead(ProcessId(mark.boot_id, int(pid), int(start_time))):
-            with contextlib.suppress(OSError):
-                path.unlink()
+        if mark is not None:
+            yield path, ProcessId(mark.boot_id, int(pid), int(start_time)), mark
 
 
 def _replace(path: Path, data: bytes) -> None:

@@ -18,7 +18,7 @@ from faultguard._core.silence import Held, Look, Verdict, judge
 from faultguard._native import native_stacks
 from faultguard._process import ProcessId, is_dead, is_stopped, is_traced, opened
 
-__all__ = ["SETTLE_S", "Answer", "Silent", "ending_of", "probe"]
+__all__ = ["SETTLE_S", "Answer", "Silent", "ending_of", "probe", "survey"]
 
 SETTLE_S = 1.0  # a process that was just continued marks its file within this time, also on a busy machine
 STOP_S = 2.0  # a signal may have to wait for a disk
@@ -66,6 +66,11 @@ def probe(silent: list[Silent], timeout_s: float, settle_s: float = SETTLE_S) ->
     first = [_look(each.process) for each in silent]
     time.sleep(settle_s)
     return [_decide(each, before, timeout_s) for each, before in zip(silent, first, strict=True)]
+
+
+def survey(run: str) -> list[tuple[ProcessId, Held]]:
+    """Whom the living processes of this node hold, of that run."""
+    return [(process, held) for process, mark in _marks.read_all() for held in mark.workers if held.run == run]
 
 
 def _look(process: ProcessId) -> Look:

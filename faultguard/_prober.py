@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from faultguard import _ray
 from faultguard._core.silence import Held, Verdict
-from faultguard._probe import Answer, Silent, probe
+from faultguard._probe import Answer, Silent, probe, survey
 from faultguard._process import ProcessId
 
 if TYPE_CHECKING:
@@ -60,6 +60,18 @@ class Prober:
         self._timeout_s = heartbeat_timeout_s
         self._flights: dict[str, _Flight] = {}
         self._known: dict[Held, _Known] = {}
+        self._surveys: dict[str, Any] = {}
+
+    def survey(self, run: str) -> None:
+        """Ask every node whom it holds, for `surveyed`."""
+        self._surveys = {node_id: _ray.run_on_node(survey, node_id, run) for node_id in _ray.alive_nodes()}
+
+    def surveyed(self) -> list[Mapping[str, Any]]:
+        """What the nodes have answered meanwhile: of each worker what a beat says of its process. One that is frozen answers late."""
+        done = {node_id: ref for node_id, ref in self._surveys.items() if _ray.is_done(ref)}
+        for node_id in done:
+            del self._surveys[node_id]
+        return [_adopted(node_id, *found) for node_id, ref in done.items() for found in _ray.result_or_none(ref) or ()]
 
     def step(self, silent: list[Mapping[str, Any]], now: float) -> list[Found]:
         """Start the probes that are due, and take what the others say.
@@ -105,8 +117,24 @@ class Prober:
 
 
 def _held(beat: Mapping[str, Any]) -> Held:
-    return Held(beat["task"], beat["worker_id"], beat["token"])
+    return Held(beat["task"], beat["worker_id"], beat["token"], beat["run"], beat["attempt"])
 
 
 def _process(beat: Mapping[str, Any]) -> ProcessId:
     return ProcessId(beat["boot_id"], beat["pid"], beat["start_time"])
+
+
+def _adopted(node_id: str, process: ProcessId, held: Held) -> Mapping[str, Any]:
+    """As a beat says it."""
+    return {
+        "task": held.task,
+        "worker_id": held.worker_id,
+        "token": held.token,
+        "run": held.run,
+        "attempt": held.attempt,
+        "node_id": node_id,
+        "boot_id": process.boot_id,
+        "pid": process.pid,
+        "start_time": process.start_time,
+        "current_batch": None,
+    }

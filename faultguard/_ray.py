@@ -20,6 +20,7 @@ __all__ = [
     "NAMESPACE",
     "UNREACHABLE",
     "Identity",
+    "alive_nodes",
     "death_of",
     "draining_nodes",
     "function_and_options",
@@ -33,10 +34,12 @@ __all__ = [
     "is_ready",
     "is_ref",
     "is_remote_function",
+    "is_restarted",
     "job_is_over",
     "kv_get",
     "kv_put",
     "options_at_submission",
+    "ready_refs",
     "refuse_client_mode",
     "result_or_none",
     "run_on_node",
@@ -143,6 +146,16 @@ def draining_nodes() -> frozenset[str]:
     return frozenset(ray._private.state.state.get_draining_nodes())  # noqa: SLF001 - no public name
 
 
+def alive_nodes() -> list[str]:
+    """Ids of the nodes that Ray takes for alive."""
+    return [node["NodeID"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call] # untyped in Ray
+
+
+def is_restarted() -> bool:
+    """Whether the actor of this process took the place of an earlier process of its."""
+    return bool(ray.get_runtime_context().was_current_actor_reconstructed)
+
+
 def death_of(ray_worker: str) -> str:
     """What a worker process of Ray's died of: "oom", "cancelled" (by force), "crash" for all else; empty: not known to be dead."""
     from ray.core.generated import common_pb2, gcs_pb2
@@ -239,6 +252,22 @@ def result_or_none(ref: Any) -> Any:
         return ray.get(ref)
     except ray.exceptions.RayError:
         return None
+
+
+def ready_refs(value: Any, returns: Any) -> tuple[Any] | None:
+    """What `.remote()` gives for a value that is known already, in a tuple; None where Ray has to say what is wrong with `num_returns`.
+
+    Args:
+        value: of the task.
+        returns: its `num_returns`.
+    """
+    if returns == 1 or returns is None:
+        return (ray.put(value),)
+    if returns == 0:
+        return (None,)
+    if isinstance(returns, int) and isinstance(value, (tuple, list)) and len(value) == returns:
+        return ([ray.put(item) for item in value],)
+    return None
 
 
 def refuse_client_mode() -> None:

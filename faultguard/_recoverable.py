@@ -5,20 +5,19 @@ from __future__ import annotations
 import functools
 import inspect
 import types
-from typing import TYPE_CHECKING, Any, Generic, ParamSpec, Protocol, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Generic, ParamSpec, Protocol, TypeVar, cast, overload
 
 import msgspec
 import ray
 
-from faultguard import _packing, _ray, _session, _settings
-from faultguard._attempt import TaskOptions, Work, run_task
-from faultguard._checkpointed import refuse_not_yet
+from faultguard import _codec, _packing, _ray, _session, _settings
+from faultguard._attempt import TaskOptions, Work, check_arguments, run_task
 from faultguard._core.names import check_worker_id
 from faultguard._core.schedule import Every, check_every
 from faultguard._core.stall import check_timeout
 from faultguard._handle import Checkpoint
 from faultguard.errors import UsageError
-from faultguard.policy import Backoff, Matcher, check_matcher
+from faultguard.policy import Backoff, Matcher, OnPoison, check_matcher, check_on_poison
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -33,6 +32,7 @@ __all__ = ["RecoverableFunction", "recoverable"]
 P = ParamSpec("P")
 R = TypeVar("R")
 EXTRA_RAY_RETRIES = 20  # ends that are not charged (drain, leaving) use up Ray's count, too
+REFILLED_RAY_RETRIES = 1000  # and so do failures that are given back, or forgiven: as many as that, so that there is an end in any case
 _OWN_BY_HAND = ("max_retries", "retry_exceptions")
 
 
@@ -54,6 +54,8 @@ class _Header(msgspec.Struct, frozen=True):
 
     settings: _settings.Settings
     worker_id: str | None = None
+    arguments: dict[str, str] = {}
+    afresh: bool = False
 
 
 @overload
@@ -73,8 +75,8 @@ def recoverable(
     backoff: Backoff = ...,
     stall_timeout: float | timedelta | None = None,
     reset_on_progress: bool = False,
-    fresh_process_on: tuple[type[Exception], ...] = (),
-    on_poison: str = "fail",
+    fresh_process_on: Matcher = (),
+    on_poison: OnPoison = "fail",
 ) -> _Decorator: ...
 def recoverable(
     max_failures: Any = None,
@@ -88,8 +90,8 @@ def recoverable(
     backoff: Backoff = Backoff(),  # noqa: B008 - frozen
     stall_timeout: float | timedelta | None = None,
     reset_on_progress: bool = False,
-    fresh_process_on: tuple[type[Exception], ...] = (),
-    on_poison: str = "fail",
+    fresh_process_on: Matcher = (),
+    on_poison: OnPoison = "fail",
 ) -> Any:
     """Make a Ray task go on from its last checkpoint after an exception or the death of its process.
 
@@ -108,9 +110,13 @@ def recoverable(
         backoff: the waits between retries.
         stall_timeout: seconds (or a timedelta) without progress in a loop after which `StalledError` is raised in the batch, one failure;
             a thread that does not come back from it within as long, at most 30 s, loses its process. None: nothing is killed.
-        reset_on_progress: not yet.
-        fresh_process_on: not yet.
-        on_poison: not yet.
+        reset_on_progress: a failure further on than all before it starts the count anew, so that `max_failures` limits those without
+            progress. A crash is as far as what was durable.
+        fresh_process_on: exceptions after which the process is not trusted, such as errors of CUDA: Ray starts a new one for the retry.
+            A type, a tuple, or a predicate `exc -> bool`.
+        on_poison: "fail": the budget decides, and the error names the batch. "skip": after three failures in a row at one batch (a crash
+            counts if the batch was recorded just before it began, which happens after a crash) it is quarantined: passed over from
+            now on, its failures given back, at most 100 batches of a worker. Needs `max_failures` of at least 3.
 
     Raises:
         UsageError: an option, or what is decorated, cannot work; the text says what to write.
@@ -126,21 +132,19 @@ def recoverable(
     6
     """
     bare = max_failures is not None and not isinstance(max_failures, (int, float, str))
-    refuse_not_yet(
-        "recoverable",
-        reset_on_progress=(reset_on_progress, False),
-        fresh_process_on=(fresh_process_on, ()),
-        on_poison=(on_poison, "fail"),
-    )
     if not isinstance(backoff, Backoff):
         msg = f"backoff={backoff!r} is refused; it takes faultguard.Backoff(initial=1.0, factor=5.0, maximum=300.0)"
         raise UsageError(msg)
     if worker_id is not None and not isinstance(worker_id, str) and not callable(worker_id):
         msg = f"worker_id={worker_id!r} is refused; the decorator takes the name of a parameter, or a callable on the arguments"
         raise UsageError(msg)
+    if not isinstance(reset_on_progress, bool):
+        msg = f"reset_on_progress={reset_on_progress!r} is refused; it takes True or False"
+        raise UsageError(msg)
+    failures = None if bare or max_failures is None else _settings.check_max_failures(max_failures)
     options = TaskOptions(
         name=_check_name(name) or "",  # set when the function is known
-        max_failures=None if bare or max_failures is None else _settings.check_max_failures(max_failures),
+        max_failures=failures,
         worker_id=worker_id,
         state=Checkpoint.check_state(state),
         every=check_every(every),
@@ -148,6 +152,9 @@ def recoverable(
         give_up_on=check_matcher("give_up_on", give_up_on),
         backoff=backoff,
         stall_timeout_s=check_timeout("recoverable(stall_timeout=", stall_timeout),
+        reset_on_progress=reset_on_progress,
+        fresh_process_on=check_matcher("fresh_process_on", fresh_process_on),
+        on_poison=check_on_poison("recoverable", on_poison, failures),
     )
     decorate = functools.partial(_decorate, options=options)
     return decorate(max_failures) if bare else decorate
@@ -248,6 +255,7 @@ class RecoverableFunction(Generic[P, R]):
         *,
         at_call: dict[str, Any] | None = None,
         remotes: dict[int, Any] | None = None,
+        afresh: bool = False,
     ) -> None:
         functools.update_wrapper(self, function)
         self._function = function
@@ -256,6 +264,7 @@ class RecoverableFunction(Generic[P, R]):
         self._worker_id = worker_id
         self._signature = inspect.signature(function)
         self._at_call = at_call or {}  # what `.options()` gave to Ray
+        self._afresh = afresh
         self._remotes: dict[int, Any] = remotes if remotes is not None else {}  # exported once, whatever `.options()` says
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
@@ -271,24 +280,53 @@ class RecoverableFunction(Generic[P, R]):
             TypeError: the arguments do not fit the signature.
         """
         settings = _session.settings_to_submit()
-        header = self._header(settings, args, kwargs)
+        bound = self._signature.bind(*args, **kwargs)  # a TypeError here, not in the task
         payload = _packing.pack(args, kwargs) if args or kwargs else b""
-        submit = self._remote(settings).remote
-        reference: ObjectRef[R] = submit(header, payload) if payload is not None else submit(header, None, *args, **kwargs)
+        header = self._header(settings, bound, small=payload is not None)
+        recorded = self._from_the_record(header)
+        if recorded is not None:
+            return cast("ObjectRef[R]", recorded[0])
+        encoded, submit = msgspec.json.encode(header), self._remote(settings).remote
+        reference: ObjectRef[R] = submit(encoded, payload) if payload is not None else submit(encoded, None, *args, **kwargs)
         return reference
 
     def bind(self, *args: Any, **kwargs: Any) -> Any:
         """A node of a Ray DAG."""
         settings = _session.settings_to_submit()
-        return self._remote(settings).bind(self._header(settings, args, kwargs), None, *args, **kwargs)
+        header = self._header(settings, self._signature.bind(*args, **kwargs), small=False)
+        named = _session.named_run(settings)
+        if named is not None and header.worker_id is not None:
+            named.submits(self._options.name, header.worker_id)  # nobody sees when it is executed
+        return self._remote(settings).bind(msgspec.json.encode(header), None, *args, **kwargs)
+
+    def _from_the_record(self, header: _Header) -> tuple[Any] | None:
+        """What `.remote()` gives for a worker that was completed before this driver began, in a tuple; None: it is to be run."""
+        named, worker_id = _session.named_run(header.settings), header.worker_id
+        if named is None or worker_id is None:
+            return None
+        outcome = named.recorded(self._options.name, worker_id) if not header.afresh else None
+        if outcome is not None:
+            check_arguments(self._options.name, worker_id, outcome, header.arguments)
+            returns = self._at_call.get("num_returns", self._ray_options.get("num_returns", 1))
+            ready = _ray.ready_refs(_codec.decode(bytes(outcome.value)), returns)
+            if ready is not None:
+                return ready
+        named.submits(self._options.name, worker_id)
+        return None
 
     def options(self, *, worker_id: str | None = None, resume: str | None = None, **ray_options: Any) -> RecoverableFunction[P, R]:
-        """The same function with other options: `worker_id`, and those of Ray.
+        """The same function with other options: `worker_id`, `resume`, and those of Ray.
+
+        Args:
+            worker_id: of the worker.
+            resume: "never" starts the worker over, whatever other tasks have done under its id; Ray's next attempts of the task resume.
+            ray_options: of Ray's tasks.
 
         Raises:
             UsageError: `max_retries` or `retry_exceptions` is given: the budget has one owner.
         """
-        refuse_not_yet("options", resume=(resume, None))
+        if resume not in {None, "never"}:
+            raise UsageError(f".options(resume={resume!r}) is refused; it takes 'never', or nothing: a worker resumes by itself")
         for name in _OWN_BY_HAND:
             if name in ray_options:
                 msg = f".options({name}=...) on a recoverable task is refused: two owners of retries break the budget; set max_failures"
@@ -298,19 +336,22 @@ class RecoverableFunction(Generic[P, R]):
             raise UsageError(msg)
         chosen = check_worker_id(worker_id) if worker_id is not None else self._worker_id
         at_call = {**self._at_call, **ray_options}
-        return RecoverableFunction(self._function, self._options, self._ray_options, chosen, at_call=at_call, remotes=self._remotes)
+        afresh = self._afresh or resume == "never"
+        return RecoverableFunction(
+            self._function, self._options, self._ray_options, chosen, at_call=at_call, remotes=self._remotes, afresh=afresh
+        )
 
-    def _header(self, settings: Settings, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bytes:
+    def _header(self, settings: Settings, bound: inspect.BoundArguments, *, small: bool) -> _Header:
         worker_id = self._worker_id
-        bound = self._signature.bind(*args, **kwargs)  # a TypeError here, not in the task
         if worker_id is None:
             worker_id = _worker_id(self._options, bound)
-        return msgspec.json.encode(_Header(settings, worker_id))
+        _check_id(settings, self._options, worker_id)
+        return _Header(settings, worker_id, _digests(settings, bound, small=small), self._afresh)
 
     def _remote(self, settings: Settings) -> Any:
-        failures = self._options.max_failures if self._options.max_failures is not None else settings.max_failures
+        failures = _failures(self._options, settings)
         if failures not in self._remotes:
-            retries = failures + EXTRA_RAY_RETRIES if failures >= 0 else -1
+            retries = _ray_retries(self._options, failures)
             entry = _entry(self._function, self._options)
             self._remotes[failures] = ray.remote(**{**self._ray_options, "max_retries": retries, "retry_exceptions": False})(entry)
         remote = self._remotes[failures]
@@ -318,7 +359,26 @@ class RecoverableFunction(Generic[P, R]):
 
     def __reduce__(self) -> Any:
         """Travel without what was exported to one cluster."""
-        return RecoverableFunction, (self._function, self._options, {**self._ray_options, **self._at_call}, self._worker_id)
+        functions = (self._function, self._options, {**self._ray_options, **self._at_call}, self._worker_id)
+        return functools.partial(RecoverableFunction, afresh=self._afresh), functions
+
+
+def _failures(options: TaskOptions, settings: Settings) -> int:
+    """How many failures a task survives, as far as the driver knows when it submits one.
+
+    Raises:
+        UsageError: too few for what else is asked for.
+    """
+    failures = options.max_failures if options.max_failures is not None else settings.max_failures
+    check_on_poison("recoverable", options.on_poison, failures)
+    return failures
+
+
+def _ray_retries(options: TaskOptions, failures: int) -> int:
+    """How often Ray is to start the task again. Not without end: a process that dies while Ray unpacks arguments never gets to us."""
+    if failures < 0:
+        return -1
+    return failures + EXTRA_RAY_RETRIES + REFILLED_RAY_RETRIES * (options.reset_on_progress or options.on_poison == "skip")
 
 
 def _entry(function: Callable[..., Any], options: TaskOptions) -> Callable[..., Any]:
@@ -347,7 +407,8 @@ def run_entry(function: Callable[..., Any], options: TaskOptions, arguments: tup
         return function(*args, **kwargs)
 
     worker_id = header.worker_id or identity.task_id
-    return run_task(header.settings, identity, options, worker_id, Work(call, repeatable=payload is not None))
+    work = Work(call, repeatable=payload is not None, arguments=header.arguments, afresh=header.afresh)
+    return run_task(header.settings, identity, options, worker_id, work)
 
 
 # --- below @ray.remote, and plain -----------------------------------------------------------------------------------
@@ -363,7 +424,7 @@ def _wrap_plain(function: Callable[P, R], options: TaskOptions) -> Callable[P, R
         return run_plain(function, options, args, kwargs)
 
     wrapper.__faultguard__ = True  # type: ignore[attr-defined] # so that a second decoration is noticed
-    wrapper.__ray_invocation_decorator__ = functools.partial(_check_submission, options)  # type: ignore[attr-defined] # Ray's hook
+    wrapper.__ray_invocation_decorator__ = functools.partial(_check_submission, function, options)  # type: ignore[attr-defined] # Ray's hook
     return wrapper
 
 
@@ -384,8 +445,12 @@ def run_plain(function: Callable[..., Any], options: TaskOptions, args: tuple[An
             fresh_args, fresh_kwargs = first.pop()
         return function(*fresh_args, **fresh_kwargs)
 
-    worker_id = _worker_id(options, inspect.signature(function).bind(*args, **kwargs)) or identity.task_id
-    return run_task(_session.current_settings(), identity, options, worker_id, Work(call, repeatable=payload is not None))
+    settings = _session.current_settings()
+    bound = inspect.signature(function).bind(*args, **kwargs)
+    worker_id = _worker_id(options, bound)
+    _check_id(settings, options, worker_id)
+    work = Work(call, repeatable=payload is not None, arguments=_digests(settings, bound, small=payload is not None))
+    return run_task(settings, identity, options, worker_id or identity.task_id, work)
 
 
 def _call_directly(
@@ -403,27 +468,42 @@ def _call_directly(
     return value
 
 
-def _check_submission(options: TaskOptions, invocation: Callable[..., Any]) -> Callable[..., Any]:
+def _check_submission(function: Callable[..., Any], options: TaskOptions, invocation: Callable[..., Any]) -> Callable[..., Any]:
     """At the first `.remote()` below `@ray.remote`: Ray must retry at least as often as the budget allows."""
 
-    def submit(*args: Any, **kwargs: Any) -> Any:
+    def submit(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         settings = _session.current_settings()
+        if settings.named:
+            _submits(settings, options, inspect.signature(function).bind(*args, **kwargs))
         variables = _ray.options_at_submission(invocation)
-        failures = options.max_failures if options.max_failures is not None else settings.max_failures
+        failures = _failures(options, settings)
         if variables is None:
             _warn_unreadable(options.name)
         else:
             retries = variables["max_retries"]
             if retries != -1 and (failures < 0 or retries < failures + 1):
-                needed = "-1" if failures < 0 else f"{failures + EXTRA_RAY_RETRIES} (at least {failures + 1})"
+                needed = "-1" if failures < 0 else f"{_ray_retries(options, failures)} (at least {failures + 1})"
                 msg = (
                     f"task {options.name!r} is submitted with Ray's max_retries={retries}, too few for max_failures={failures}. Write "
                     f"@recoverable above @ray.remote, which sets it, or @ray.remote(max_retries={needed})"
                 )
                 raise UsageError(msg)
-        return invocation(*args, **kwargs)
+        return invocation(args, kwargs)
 
     return submit
+
+
+def _submits(settings: Settings, options: TaskOptions, bound: inspect.BoundArguments) -> None:
+    """Below `@ray.remote`, in a named run: the worker needs an id, and the run is not over before it has completed."""
+    parameter = options.worker_id or "worker_id"
+    asked = (*bound.args, *bound.kwargs.values()) if callable(parameter) else (bound.arguments.get(parameter),)
+    if any(_ray.is_ref(value) for value in asked):
+        return  # whose values only the task sees
+    worker_id = _worker_id(options, bound)
+    _check_id(settings, options, worker_id)
+    named = _session.named_run(settings)
+    if named is not None and worker_id is not None:
+        named.submits(options.name, worker_id)
 
 
 @functools.lru_cache(maxsize=1000)
@@ -436,6 +516,24 @@ def _warn_unreadable(name: str) -> None:
         f"Ray's max_retries of task {name!r} cannot be read; set it to at least max_failures + 1, or write @recoverable above @ray.remote."
     )
     _events.emit(logging.WARNING, "faultguard.retries_unknown", text, task=name)
+
+
+def _check_id(settings: Settings, options: TaskOptions, worker_id: str | None) -> None:
+    """In a named run work is known again by its id: without one it would begin anew with every driver."""
+    if settings.named and worker_id is None:
+        msg = (
+            f"task {options.name!r} is refused in the named run {settings.run!r} without a worker id: a later driver could not tell which "
+            f"work it is. Write .options(worker_id=...), give it a parameter worker_id, or @recoverable(worker_id=<a parameter>)"
+        )
+        raise UsageError(msg)
+
+
+def _digests(settings: Settings, bound: inspect.BoundArguments, *, small: bool) -> dict[str, str]:
+    """Of the arguments, where they are compared."""
+    if not (settings.named and settings.check_args):
+        return {}
+    bound.apply_defaults()
+    return _packing.digests(bound.arguments, small=small)
 
 
 def _worker_id(options: TaskOptions, bound: inspect.BoundArguments) -> str | None:

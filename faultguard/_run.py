@@ -1,18 +1,17 @@
-"""The run of a driver: it starts, says so, and at the normal end keeps the records and drops the checkpoints."""
+"""The run of a driver: it starts, says so, and at its normal end keeps the records and drops the checkpoints."""
 
 from __future__ import annotations
 
 import atexit
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
 from faultguard import _ray, _session, _settings
 from faultguard._core.names import check_worker_id, record_number
-from faultguard._core.records import FailureRecord, Outcome, Record, decode_record
-from faultguard.errors import ManagerUnavailableError, UsageError
-from faultguard.storage import open_store
+from faultguard._core.records import FailureRecord, Outcome, Place, Record, decode_record
+from faultguard.errors import CheckpointStoreError, ManagerUnavailableError, UsageError
 
 if TYPE_CHECKING:
     import os
@@ -36,12 +35,13 @@ class Run:
 
     Attributes:
         name: of the run.
+        instance: of a named run, counted from 1; 0: it has no name of its own.
         checkpoint_dir: where its checkpoints are, absolute.
     """
 
     def __init__(self, settings: Settings) -> None:
-        self._settings = settings
         self.name = settings.run
+        self.instance = settings.instance
         self.checkpoint_dir = settings.checkpoint_dir
 
     def __enter__(self) -> Self:
@@ -57,8 +57,8 @@ def init(
     run: str | None = None,
     checkpoint_dir: str | os.PathLike[str] | None = None,
     *,
-    resume: str = "auto",
-    takeover: bool = False,
+    resume: Literal["auto", "never", "always"] | None = None,
+    takeover: bool | None = None,
     max_failures: int | None = None,
     heartbeat_interval: float | None = None,
     heartbeat_timeout: float | None = None,
@@ -70,70 +70,118 @@ def init(
     Does not start Ray. The store is tested before it returns. Every option can come from the environment instead
     (`FAULTGUARD_CHECKPOINT_DIR`, `FAULTGUARD_MAX_FAILURES`, ...).
 
+    A run with a name survives its driver. It is open until a driver ends normally with all of its workers completed; until then a
+    driver that starts it again goes on with it: what has completed is not run, what has not resumes, budgets go on counting. Every
+    worker of it needs an id: a parameter `worker_id`, or `.options(worker_id=...)`.
+
     Args:
-        run: name of a durable run. Not yet.
+        run: its name, any text of up to 512 bytes. Default: none; the run ends with this driver.
         checkpoint_dir: a directory that all nodes share; default `./checkpoints`, made absolute here.
-        resume: for named runs. Not yet.
-        takeover: for named runs. Not yet.
+        resume: whether to go on: "auto" (the default) with an open run, while a closed name starts anew; "always" also with a closed
+            one, whose results are given again; "never" begins anew in any case.
+        takeover: take the run from another driver that lives. What that then still writes does not count.
         max_failures: default of the decorator; failures that a worker survives, -1 for any number.
         heartbeat_interval: seconds between two signs of life of a worker process.
         heartbeat_timeout: seconds of silence after which a worker is called silent.
-        check_args: for named runs. Not yet.
+        check_args: in a named run, refuse a worker that is on record with other plain arguments.
         progress: show the bar of `get`.
 
     Raises:
         UsageError: an option cannot work, or a run of this driver is going on.
+        RunInUseError: another driver that lives has the run; `host`, `pid` and `since` say which. Until that is known it waits, at most
+            `heartbeat_timeout`.
         CheckpointStoreError: the store cannot be written.
+        CheckpointCorruptError: the newest record of the run is damaged.
+
+    Example:
+        >>> with faultguard.init(run="nightly", checkpoint_dir="/shared/checkpoints"):  # doctest: +SKIP
+        ...     rows = faultguard.get([embed.options(worker_id=s.name).remote(s.keys) for s in shards])
     """
-    if run is not None or resume != "auto" or takeover:
-        msg = "init(run=..., resume=..., takeover=...) is refused: named runs do not exist yet; leave them out"
-        raise UsageError(msg)
     if not _ray.is_ready():
         msg = "faultguard.init() needs Ray: call ray.init() first"
         raise UsageError(msg)
     if not _ray.is_driver():
         msg = "faultguard.init() belongs into the driver, not into a task; tasks take over what the driver decided"
         raise UsageError(msg)
-    if _session.driver_settings_or_none() is not None:
-        msg = (
-            "faultguard.init() is refused: this driver has a run already; call faultguard.shutdown() first, or init() before the first task"
+    with _session.starting():
+        if _session.driver_settings_or_none() is not None:
+            msg = (
+                "faultguard.init() is refused: this driver has a run already; call faultguard.shutdown() first, or init() before the first "
+                "task"
+            )
+            raise UsageError(msg)
+        return Run(
+            start_run(
+                run,
+                checkpoint_dir,
+                resume=resume,
+                takeover=takeover,
+                max_failures=max_failures,
+                heartbeat_interval=heartbeat_interval,
+                heartbeat_timeout=heartbeat_timeout,
+                check_args=check_args,
+                progress=progress,
+            )
         )
-        raise UsageError(msg)
-    settings = _settings.new_settings(
-        checkpoint_dir,
-        max_failures=max_failures,
-        heartbeat_interval=heartbeat_interval,
-        heartbeat_timeout=heartbeat_timeout,
-        check_args=check_args,
-        progress=progress,
-    )
-    start_run(settings)
-    return Run(settings)
 
 
-def start_run(settings: Settings) -> Settings:
-    """Let this driver and its tasks use the settings, and say so. Returns them."""
+def start_run(
+    run: str | None = None,
+    checkpoint_dir: str | os.PathLike[str] | None = None,
+    *,
+    resume: str | None = None,
+    takeover: bool | None = None,
+    **options: Any,
+) -> Settings:
+    """Let this driver and its tasks have a run, and say so. Returns its settings."""
     global _hooked  # noqa: PLW0603 - one hook per process
     _ray.refuse_client_mode()
-    _session.set_driver_settings(settings)
-    _settings.publish(settings)
+    name, how, take = (_settings.option(key, given) for key, given in (("run", run), ("resume", resume), ("takeover", takeover)))
+    if name is None and (how != "auto" or take):
+        raise UsageError(f"init(resume={how!r}, takeover={take}) is refused without a run: only one with a name outlives its driver")
+    settings = _settings.new_settings(checkpoint_dir, run=name, **options)
+    named, line = None, f"run {settings.run!r} starts. Store {settings.checkpoint_dir}."
+    if name is not None:
+        from faultguard._named import NamedRun
+
+        named = NamedRun.enter(settings, resume=how, takeover=take, say=say)
+        settings, line = named.settings, named.line
+    try:
+        _settings.publish(settings)
+        _session.set_driver_settings(settings, named)
+    except BaseException:  # then this driver has no run, and keeps no other one from it
+        if named is not None:
+            named.give_up()
+        raise
     if not _hooked:
         _hooked = True
         atexit.register(_at_exit)
-    say(f"run {settings.run!r} starts. Store {settings.checkpoint_dir}.")
+    say(line)
     return settings
 
 
 def shutdown(*, _failed: bool = False) -> None:
     """End the run of this driver: print what happened, drop the checkpoints of what completed, keep the records.
 
-    What failed, and what did not end, stays; its path is printed. Without a run it does nothing.
+    What failed, and what did not end, stays; its path is printed. A named run is closed if all of its workers have completed, else it
+    stays open, and keeps all. Without a run it does nothing.
     """
     from faultguard._manager import end
 
-    settings = _session.take_driver_settings()
-    if settings is not None:
-        end_run(settings, failed=_failed)
+    settings, named = _session.take_driver_settings()
+    if settings is None:
+        return
+    try:
+        if named is None:
+            end_run(settings, failed=_failed)
+        else:
+            for line in named.end(failed=_failed):
+                say(line)
+    except CheckpointStoreError as error:
+        if not _failed:
+            raise
+        say(f"the end of run {settings.run!r} could not be recorded: {error}")  # what ended it is to be seen, not this
+    finally:
         end(settings)
 
 
@@ -181,11 +229,12 @@ class _Worker(msgspec.Struct, frozen=True, omit_defaults=True):
     attempts: int
     outcome: Outcome | None = None
     failures: tuple[FailureRecord, ...] = ()
+    quarantined: tuple[Place, ...] = ()
 
 
 def end_run(settings: Settings, *, failed: bool) -> None:
     """Keep the records of a run, drop the checkpoints of its completed workers, print the summary."""
-    store = open_store(settings.checkpoint_dir, create=False)
+    store = _settings.checked_store(settings)
     prefix = settings.run_prefix
     logs: dict[str, list[str]] = {}
     for key in store.list(prefix):
@@ -199,7 +248,7 @@ def end_run(settings: Settings, *, failed: bool) -> None:
         if head is None or status != "completed":
             unfinished.append(f"{store.url}/{folder}")
         if head is not None:
-            workers.append(_Worker(head.task, head.worker_id, status, head.attempt, head.outcome, head.failures))
+            workers.append(_Worker(head.task, head.worker_id, status, head.attempt, head.outcome, head.failures, head.quarantined))
             saved_s += head.saved_s
         if status == "completed" and not failed:
             superfluous += keys  # oldest first: the end goes last, so dying here leaves a completed worker
@@ -227,7 +276,12 @@ def _say_end(settings: Settings, workers: list[_Worker], unfinished: list[str], 
     completed = sum(worker.status == "completed" for worker in workers)
     survived = sum(len(worker.failures) for worker in workers if worker.status == "completed")
     saved = f" Saved {duration(saved_s)} of work." if saved_s >= 1 else ""
-    say(f"run {settings.run!r} ended: {completed} completed, {survived} failures survived, {len(unfinished)} not completed.{saved}")
+    aside = sum(len(worker.quarantined) for worker in workers)
+    quarantined = f" {aside} quarantined," if aside else ""
+    say(
+        f"run {settings.run!r} ended: {completed} completed, {survived} failures survived,{quarantined} {len(unfinished)} not "
+        f"completed.{saved}"
+    )
     for path in unfinished[:KEPT_RUNS]:
         say(f"kept {path}")
 

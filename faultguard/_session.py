@@ -15,6 +15,7 @@ from faultguard.errors import UsageError
 
 if TYPE_CHECKING:
     from faultguard._handle import Checkpoint
+    from faultguard._named import NamedRun
     from faultguard._settings import Settings
 
 __all__ = [
@@ -26,8 +27,11 @@ __all__ = [
     "driver_settings_or_none",
     "entered",
     "leave_all",
+    "named_run",
+    "run_has_ended",
     "set_driver_settings",
     "settings_to_submit",
+    "starting",
 ]
 
 
@@ -45,6 +49,7 @@ class TaskContext:
 
 _context: contextvars.ContextVar[TaskContext | None] = contextvars.ContextVar("faultguard_task", default=None)
 _driver: tuple[Settings, str] | None = None  # and the cluster that it is for
+_named: NamedRun | None = None  # of this driver, if its run has a name
 _lock = threading.RLock()
 
 
@@ -107,21 +112,52 @@ def settings_to_submit() -> Settings:
 
 
 def driver_settings() -> Settings:
-    """The settings of this driver; starts an unnamed run with defaults where `init` was not called."""
+    """The settings of this driver; starts a run with defaults where `init` was not called.
+
+    Raises:
+        RunInUseError: another driver has taken the run.
+    """
     with _lock:
         settings = driver_settings_or_none()
         if settings is None:
             from faultguard._run import start_run
 
-            settings = start_run(_settings.default_settings())
+            settings = start_run()
+        if _named is not None and _named.taken is not None:
+            raise _named.taken
         return settings
 
 
-def set_driver_settings(settings: Settings | None) -> None:
-    """What `driver_settings` gives from now on."""
-    global _driver  # noqa: PLW0603 - one driver per process
+def named_run(settings: Settings) -> NamedRun | None:
+    """The named run of this driver to which `settings` belong; None in an unnamed one, and in tasks.
+
+    Raises:
+        UsageError: another thread has ended it meanwhile.
+    """
+    named = _named
+    if not settings.named or not _ray.is_driver():
+        return None
+    if named is None or named.settings.epoch != settings.epoch:
+        raise run_has_ended(settings.run)
+    return named
+
+
+def run_has_ended(run: str) -> UsageError:
+    """What a thread gets that submits to a run while another one ends it: nobody would wait for that work."""
+    return UsageError(f"run {run!r} has ended while work was submitted to it; call faultguard.shutdown() when all is submitted")
+
+
+def starting() -> threading.RLock:
+    """Held by the thread that starts a run: two of them would take a named one from each other."""
+    return _lock
+
+
+def set_driver_settings(settings: Settings | None, named: NamedRun | None = None) -> None:
+    """What `driver_settings` and `named_run` give from now on."""
+    global _driver, _named  # noqa: PLW0603 - one driver per process
     with _lock:
         _driver = (settings, _ray.session_name()) if settings is not None else None
+        _named = named
 
 
 def driver_settings_or_none() -> Settings | None:
@@ -150,22 +186,22 @@ def count_cancel() -> Settings:
             msg = "faultguard.cancel() is refused: there is no run of this process; call it in the driver that submitted the tasks"
             raise UsageError(msg)
         settings = replace(settings, cancels=settings.cancels + 1)
-        set_driver_settings(settings)
+        set_driver_settings(settings, _named)
         return settings
 
 
-def take_driver_settings() -> Settings | None:
-    """The settings of the run that this driver has started, which it ends now."""
+def take_driver_settings() -> tuple[Settings | None, NamedRun | None]:
+    """The run that this driver has started, which it ends now."""
     with _lock:
-        settings = _driver[0] if _driver is not None else None
+        settings, named = _driver[0] if _driver is not None else None, _named
         set_driver_settings(None)
-        return settings
+        return settings, named
 
 
 def _forget_in_child() -> None:
     """A forked child is no driver: it must not end its parent's run when it exits."""
-    global _driver, _lock
-    _driver, _lock = None, threading.RLock()
+    global _driver, _named, _lock
+    _driver, _named, _lock = None, None, threading.RLock()
 
 
 os.register_at_fork(after_in_child=_forget_in_child)

@@ -17,19 +17,21 @@ from typing import Any
 import msgspec
 
 from faultguard import _ray
-from faultguard._core.names import encode_name
-from faultguard.errors import CheckpointStoreError, UsageError
+from faultguard._core.names import check_worker_id, encode_name
+from faultguard.errors import OtherStoreError, UsageError
 from faultguard.storage import Store, open_store, store_id
 
-__all__ = ["Settings", "checked_store", "decode_settings", "default_settings", "publish", "settings_of_job"]
+__all__ = ["Settings", "check_run_name", "checked_store", "decode_settings", "new_settings", "publish", "settings_of_job"]
 
 PROTOCOL = 1
+UNNAMED = "unnamed-"
+RESERVED = frozenset({"manager", "runs"})
 _DAY_S = 86_400
 _KV_KEY = "settings:{protocol}:{job_id}"
 
 
 class Settings(msgspec.Struct, frozen=True, omit_defaults=True):
-    """Settings of a run. Times in seconds. `run` is the name of the run's folder in the store."""
+    """Settings of a run. Times in seconds. `run` is its name; `instance` and `epoch` are 0 where it is unnamed."""
 
     run: str
     checkpoint_dir: str
@@ -40,16 +42,29 @@ class Settings(msgspec.Struct, frozen=True, omit_defaults=True):
     heartbeat_timeout: float = 60.0
     check_args: bool = True
     progress: bool = True
+    store_patience: float = 60.0  # how long a store may fail before the work is told
     cancels: int = 0  # how often this driver had cancelled when the work was submitted
+    instance: int = 0  # a name that was closed starts anew
+    epoch: int = 0  # of the driver: the later one wins
 
     def encode(self) -> bytes:
         """As JSON."""
         return msgspec.json.encode(self)
 
     @property
+    def named(self) -> bool:
+        """Whether the run outlives its driver."""
+        return self.epoch > 0
+
+    @property
+    def key(self) -> str:
+        """The run of one driver, for names that must not be those of another one's, nor of one in another store."""
+        return f"{self.job_id}-{self.run}" + (f"-{self.store_id[:8]}-{self.epoch}" if self.named else "")
+
+    @property
     def run_prefix(self) -> str:
         """Where the logs of this run lie in the store; ends in "/"."""
-        return f"{encode_name(self.run)}/"
+        return f"{encode_name(self.run)}/" + (f"{self.instance:09d}/" if self.named else "")
 
     def log_prefix(self, task: str, worker_id: str) -> str:
         """Where the log of a worker lies in the store; ends in "/"."""
@@ -72,12 +87,18 @@ def publish(settings: Settings) -> None:
     _ray.kv_put(_KV_KEY.format(protocol=PROTOCOL, job_id=settings.job_id), settings.encode())
 
 
+RESUMES = ("auto", "never", "always")
+_OF_NAMED_RUNS = frozenset({"run", "resume", "takeover"})
 _OPTIONS: dict[str, tuple[type, Any]] = {
     "max_failures": (int, 3),
     "heartbeat_interval": (float, 5.0),
     "heartbeat_timeout": (float, 60.0),
     "check_args": (bool, True),
     "progress": (bool, True),
+    "run": (str, None),
+    "resume": (str, "auto"),
+    "takeover": (bool, False),
+    "store_patience": (float, 60.0),
 }
 
 
@@ -101,9 +122,20 @@ def check_option(name: str, value: Any, source: str) -> Any:
     """A value that an option takes, or a `UsageError` that says what it takes."""
     if name == "max_failures":
         return check_max_failures(value, source)
+    if name == "run":
+        return check_run_name(value, source)
+    if name == "resume":
+        if value not in RESUMES:
+            raise UsageError(f"{source}={value!r} is refused; it takes one of {', '.join(map(repr, RESUMES))}")
+        return value
     if name in {"heartbeat_interval", "heartbeat_timeout"}:
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < _DAY_S:
             msg = f"{source}={value!r} is refused; it takes seconds, more than 0 and less than a day"
+            raise UsageError(msg)
+        return float(value)
+    if name == "store_patience":
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < _DAY_S:
+            msg = f"{source}={value!r} is refused; it takes seconds, less than a day: 0 for no patience"
             raise UsageError(msg)
         return float(value)
     if not isinstance(value, bool):
@@ -134,17 +166,14 @@ def _parse(kind: type, source: str, text: str) -> Any:
         raise UsageError(msg) from None
 
 
-def new_settings(checkpoint_dir: str | os.PathLike[str] | None, **options: Any) -> Settings:
-    """Settings of a new unnamed run of this driver; makes and tests its store.
+def new_settings(checkpoint_dir: str | os.PathLike[str] | None, *, run: str | None = None, **options: Any) -> Settings:
+    """Settings of a run of this driver, without instance and epoch where it is named; makes and tests its store.
 
     Raises:
         UsageError: an option, or the place of the checkpoints, cannot work.
         CheckpointStoreError: the store cannot be written.
     """
-    if options.get("check_args") is not None or "FAULTGUARD_CHECK_ARGS" in os.environ:
-        msg = "check_args, or FAULTGUARD_CHECK_ARGS, is refused: it belongs to named runs, which do not exist yet; leave it out"
-        raise UsageError(msg)
-    values = {name: option(name, options.get(name)) for name in _OPTIONS}
+    values = {name: option(name, options.get(name)) for name in _OPTIONS if name not in _OF_NAMED_RUNS}
     if values["heartbeat_timeout"] <= values["heartbeat_interval"]:
         msg = (
             f"heartbeat_timeout={values['heartbeat_timeout']} must be more than heartbeat_interval={values['heartbeat_interval']}; "
@@ -155,7 +184,7 @@ def new_settings(checkpoint_dir: str | os.PathLike[str] | None, **options: Any) 
     store = open_store(directory)
     now = dt.datetime.now().astimezone()
     return Settings(
-        run=f"unnamed-{now:%Y%m%dT%H%M%S}-{secrets.token_hex(3)}",
+        run=run or f"{UNNAMED}{now:%Y%m%dT%H%M%S}-{secrets.token_hex(3)}",
         checkpoint_dir=directory,
         store_id=store_id(store),
         job_id=_ray.identity().job_id,
@@ -163,9 +192,19 @@ def new_settings(checkpoint_dir: str | os.PathLike[str] | None, **options: Any) 
     )
 
 
-def default_settings() -> Settings:
-    """Settings of a driver that did not call `init`."""
-    return new_settings(None)
+def check_run_name(run: object, source: str = "run") -> str:
+    """The name of a run: any text that a worker id may be, but for the folders that have another meaning.
+
+    Raises:
+        UsageError: it is not one.
+    """
+    try:
+        name = check_worker_id(run)
+    except UsageError as error:
+        raise UsageError(str(error).replace("worker_id", source)) from None
+    if name in RESERVED or name.startswith(UNNAMED):
+        raise UsageError(f"{source}={name!r} is refused: that folder of a checkpoint directory has another meaning; choose another name")
+    return name
 
 
 def resolve_checkpoint_dir(given: str | os.PathLike[str] | None) -> str:
@@ -213,7 +252,8 @@ def checked_store(settings: Settings) -> Store:
     """The run's store as this process sees it; the same object every time.
 
     Raises:
-        CheckpointStoreError: it is not the store that the driver chose.
+        CheckpointStoreError: it is not there.
+        OtherStoreError: it is not the store that the driver chose.
     """
     return _checked_store(settings.checkpoint_dir, settings.store_id)
 
@@ -228,5 +268,5 @@ def _checked_store(checkpoint_dir: str, expected: str) -> Store:
             f"directory is not shared between the nodes. Give checkpoint_dir a path on a file system that all nodes share, or an object "
             f"store, or use one node"
         )
-        raise CheckpointStoreError(msg)
+        raise OtherStoreError(msg)
     return store

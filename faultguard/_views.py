@@ -11,7 +11,7 @@ import ray
 
 from faultguard import _ray
 from faultguard._core.names import record_name, record_number
-from faultguard._core.records import decode_record
+from faultguard._core.records import decode_record, positions
 from faultguard._log import StoredLog
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class WorkerState:
         node_id: Ray's id of its node, hex; empty where that is not known.
         pid: of its process; 0 where that is not known.
         total_batches: of the innermost loop, where that is known.
-        quarantined: batches set aside.
+        quarantined: batches that are passed over, each as `position` was there.
         silent: no heartbeat for longer than `heartbeat_timeout`, and no end either.
     """
 
@@ -67,7 +67,7 @@ class WorkerState:
     node_id: str = ""
     pid: int = 0
     total_batches: int | None = None
-    quarantined: tuple[int, ...] = ()
+    quarantined: tuple[tuple[int, ...], ...] = ()
     silent: bool = False
 
 
@@ -154,8 +154,15 @@ def stored_workers(store: Store, prefix: str, *, run: str, levels: int = 2) -> l
             folders[f"{prefix}{folder}/"] = None
     if not folders:
         return []
+
+    def read(folder: str) -> StoredWorker | None:
+        return _stored(StoredLog(store, folder), run)
+
     with ThreadPoolExecutor(min(READERS, len(folders)), "faultguard-view") as pool:
-        found = pool.map(lambda folder: _stored(StoredLog(store, folder), run), folders)
+        try:
+            found = pool.map(read, folders)
+        except RuntimeError:  # the interpreter ends, and starts no more threads
+            found = map(read, folders)
         return [worker for worker in found if worker is not None]
 
 
@@ -199,6 +206,7 @@ def state_of(record: Record, snapshot: Snapshot | None, log: StoredLog, run: str
         node_id=record.owner.node_id,
         pid=record.owner.pid,
         total_batches=innermost.length if innermost is not None else None,
+        quarantined=positions(record.quarantined),
     )
 
 
@@ -232,6 +240,6 @@ def _beaten(beat: Mapping[str, Any]) -> WorkerState:
         node_id=beat["node_id"],
         pid=beat["pid"],
         total_batches=beat["total_batches"],
-        quarantined=tuple(beat.get("quarantined", ())),
+        quarantined=tuple(map(tuple, beat.get("quarantined", ()))),
         silent=beat["silent"],
     )

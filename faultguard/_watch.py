@@ -7,6 +7,8 @@ import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from faultguard._core.pace import silent_after
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
@@ -51,6 +53,8 @@ class _Live:
     heard_at: float
     silent: bool = False
     doubted: bool = False  # a probe on its node did not find its process
+    adopted: bool = False  # it never said so itself
+    told_s: float = 0.0  # within which its next beat comes: as it is told now, or, should that be lost, as it was told before
 
     @property
     def final(self) -> bool:
@@ -63,9 +67,12 @@ class LiveView:
     Args:
         heartbeat_timeout_s: silence beyond it is told.
         now: monotonic seconds.
+        interval_s: at which workers beat unless they are told to do so more seldom.
     """
 
-    def __init__(self, heartbeat_timeout_s: float, now: float) -> None:
+    def __init__(self, heartbeat_timeout_s: float, now: float, interval_s: float = 0.0) -> None:
+        self.interval_s = interval_s  # that they are told now
+        self._asked_s = interval_s
         self._timeout_s = heartbeat_timeout_s
         self._lock = threading.Lock()
         self._clock = AwakeClock()
@@ -93,10 +100,18 @@ class LiveView:
             return "superseded"
         if known is not None and known.final and said["token"] == known.said["token"]:
             return "ended"  # sent before the final beat, and overtaken by it
-        self._workers[key] = _Live(said, self._clock.read(now), wall)
+        self._workers[key] = _Live(said, self._clock.read(now), wall, told_s=max(self.interval_s, said.get("interval_s", 0.0)))
         if self._is_cancelled(said):
             return "cancelled"
         return "drained" if said["node_id"] in self._draining else "ok"
+
+    def adopt(self, held: Iterable[Mapping[str, Any]], now: float, wall: float) -> None:
+        """Take over those who may have stood still before this view began, as if they had beaten now: they cannot tell it."""
+        with self._lock:
+            for said in held:
+                key = said["task"], said["worker_id"]
+                if key not in self._workers or self._workers[key].said["token"] < said["token"]:
+                    self._workers[key] = _Live(said, self._clock.read(now), wall, adopted=True)
 
     def _is_cancelled(self, said: Mapping[str, Any]) -> bool:
         return bool(said["cancels"] < max(self._cancels.get(None, 0), self._cancels.get(said["worker_id"], 0)))
@@ -147,25 +162,37 @@ class LiveView:
                 live.doubted = True
 
     def last_beat(self, task: str, worker_id: str, now: float) -> dict[str, float | bool | None]:
-        """Say how long ago the worker beat (seconds; None: never heard), whether a probe doubts it, and how long this view has listened."""
+        """Say how long ago the worker beat (seconds; None: never heard), whether a probe doubts it, and how long this view has listened.
+
+        `final_token` is that of an attempt whose beat was its final one; None while it beats.
+        """
         with self._lock:
             live = self._workers.get((task, worker_id))
             awake = self._clock.read(now)
-            if live is None:
-                return {"age_s": None, "doubted": False, "uptime_s": awake - self._started}
-            return {"age_s": awake - live.heard, "doubted": live.doubted, "uptime_s": awake - self._started}
+            return {
+                "age_s": awake - live.heard if live is not None else None,
+                "doubted": live is not None and live.doubted,
+                "uptime_s": awake - self._started,
+                "final_token": live.said["token"] if live is not None and live.final else None,
+            }
 
     def workers(self, now: float) -> list[dict[str, Any]]:
         """Return the newest beat of each worker, with `last_heartbeat` (seconds since the epoch), `age_s`, `silent` and `final`."""
         with self._lock:
-            return [self._told(live, now) for live in self._workers.values()]
+            return [self._told(live, now) for live in self._workers.values() if not live.adopted]
+
+    def senders(self) -> int:
+        """How many processes beat."""
+        with self._lock:
+            return len({(live.said["node_id"], live.said["pid"]) for live in self._workers.values() if not (live.final or live.silent)})
 
     def quiet_s(self, now: float) -> float:
         """Seconds since anybody beat; infinity: nobody ever did."""
         return now - self._newest
 
     def _is_silent(self, live: _Live, now: float) -> bool:
-        return not live.final and self._clock.read(now) - live.heard > self._timeout_s
+        limit_s = silent_after(self._timeout_s, self._asked_s, live.told_s)
+        return not live.final and self._clock.read(now) - live.heard > limit_s
 
     def _told(self, live: _Live, now: float) -> dict[str, Any]:
         age_s = self._clock.read(now) - live.heard

@@ -25,6 +25,7 @@ __all__ = [
     "InputChangedError",
     "ManagerUnavailableError",
     "MaxFailuresExceeded",
+    "OtherStoreError",
     "RunInUseError",
     "RunMismatchError",
     "StalledError",
@@ -106,6 +107,10 @@ class AmbiguousReplyError(CheckpointStoreError):
     """The store did not say whether a create took place; the caller must read back."""
 
 
+class OtherStoreError(CheckpointStoreError):
+    """The path leads to another store than that of the driver; waiting does not change that."""
+
+
 class DuplicateWorkerError(FaultguardError):
     """Another live task holds this worker id."""
 
@@ -113,11 +118,19 @@ class DuplicateWorkerError(FaultguardError):
 
 
 class RunInUseError(FaultguardError):
-    """Another live driver owns the named run."""
+    """Another live driver has the named run: which process, on which host, and since when (seconds since the epoch)."""
+
+    run: str
+    host: str
+    pid: int
+    since: float
 
 
 class RunMismatchError(FaultguardError):
-    """A recorded worker is asked for with other arguments."""
+    """A worker is on record with other arguments; `arguments` names those that differ."""
+
+    worker_id: str
+    arguments: tuple[str, ...]
 
 
 class ManagerUnavailableError(FaultguardError):

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, Literal, get_args
 
-from faultguard.errors import CheckpointStoreError, FaultguardError, StalledError, UsageError
+from faultguard.errors import FaultguardError, StalledError, UsageError
 
-__all__ = ["Backoff", "Matcher", "check_matcher", "verdict"]
+__all__ = ["Backoff", "Matcher", "OnPoison", "check_matcher", "check_on_poison", "matches", "verdict"]
 
 Matcher = type[BaseException] | tuple[type[BaseException], ...] | Callable[[BaseException], "bool | timedelta"]
-_RETRIED_OF_OURS = (StalledError, CheckpointStoreError)
+OnPoison = Literal["fail", "skip"]
+LEAST_FOR_SKIP = 3  # failures until a batch is quarantined; a crash on the way to it may come first, and one that was no poison
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,19 +70,40 @@ def _is_exception_type(kind: Any) -> bool:
     return isinstance(kind, type) and issubclass(kind, Exception)
 
 
+def check_on_poison(call: str, on_poison: Any, max_failures: int | None = None) -> OnPoison:
+    """The option `on_poison`, checked, also against the failures that are survived, where those are known.
+
+    Raises:
+        UsageError: it is neither "fail" nor "skip", or the budget is spent before a batch is known to be poison.
+    """
+    if on_poison not in get_args(OnPoison):
+        msg = f'{call}(on_poison={on_poison!r}) is refused; it takes "fail" (the budget decides) or "skip" (quarantine the batch)'
+        raise UsageError(msg)
+    if on_poison == "skip" and max_failures is not None and 0 <= max_failures < LEAST_FOR_SKIP:
+        msg = (
+            f'{call}(on_poison="skip") with max_failures={max_failures} is refused: a batch is quarantined after {LEAST_FOR_SKIP} '
+            f"failures, which have to be survived; set max_failures={LEAST_FOR_SKIP} or more, or -1"
+        )
+        raise UsageError(msg)
+    checked: OnPoison = on_poison
+    return checked
+
+
 def verdict(error: Exception, retry_on: Matcher, give_up_on: Matcher) -> bool | timedelta:
     """Whether an exception is retried; a timedelta says after which wait.
 
-    Errors of ours are not: they would come again (usage, serialisation, input), or somebody else goes on (superseded).
+    Errors of ours are not: they would come again (usage, serialisation, input), somebody else goes on (superseded), or it was tried
+    for long enough (store). A stall is the one that is a failure of the work.
     """
-    if isinstance(error, FaultguardError) and not isinstance(error, _RETRIED_OF_OURS):
+    if isinstance(error, FaultguardError) and not isinstance(error, StalledError):
         return False
-    if _matches(error, give_up_on):
+    if matches(error, give_up_on):
         return False
-    return _matches(error, retry_on)
+    return matches(error, retry_on)
 
 
-def _matches(error: Exception, matcher: Matcher) -> bool | timedelta:
+def matches(error: Exception, matcher: Matcher) -> bool | timedelta:
+    """Whether an exception is one of these; a predicate may answer with a timedelta."""
     if isinstance(matcher, (type, tuple)):
         return isinstance(error, matcher)
     answer = matcher(error)

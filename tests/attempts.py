@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from faultguard import _journal
 from faultguard._core import log as rules
+from faultguard._core.budget import PLAIN, Policy
 from faultguard._core.names import encode_name, record_name
 from faultguard._core.records import FailureRecord, Outcome, Owner, Record, decode_record
 from faultguard._core.schedule import NOW, Every, Schedule
@@ -85,8 +86,10 @@ class RandomSchedule(Schedule):
 class Attempt:
     """One attempt: its journal and its handle."""
 
-    def __init__(self, log: StoredLog, held: rules.Held, schedule: Schedule, state: dict[str, Any] | None, keep: int) -> None:
-        self.journal = Journal(log, held, schedule, keep)
+    def __init__(
+        self, log: StoredLog, held: rules.Held, schedule: Schedule, state: dict[str, Any] | None, keep: int, patience_s: float = 60.0
+    ) -> None:
+        self.journal = Journal(log, held, schedule, keep, patience_s)
         self.ckpt = Checkpoint(
             run=RUN,
             task=TASK,
@@ -98,6 +101,7 @@ class Attempt:
             attempt=held.attempt,
             token=held.token,
             failures=held.failures,
+            quarantined=held.quarantined,
             state=state,
         )
 
@@ -114,16 +118,27 @@ class Attempt:
 
     def fail(self) -> None:
         """The body has raised: failure, newest snapshot and the next claim in one record."""
-        failure = FailureRecord("exception", self.journal.held.attempt, self.ckpt.current_batch, position=self.ckpt.position)
-        self.journal.retry(failure)
+        ckpt = self.ckpt
+        self.journal.retry(
+            FailureRecord(
+                "exception",
+                self.journal.held.attempt,
+                ckpt.current_batch,
+                position=ckpt.position,
+                place=ckpt.place,
+                pinned=ckpt.thrown_out,
+            )
+        )
         self.die()
 
 
 class Worker:
     """A worker of one Ray task."""
 
-    def __init__(self, store: Store, worker_id: str = "w0") -> None:
+    def __init__(self, store: Store, worker_id: str = "w0", policy: Policy = PLAIN, patience_s: float = 60.0) -> None:
         self.store = store
+        self.policy = policy
+        self.patience_s = patience_s
         self.log = StoredLog(store, f"{RUN}/{TASK}/{encode_name(worker_id)}/")
         self.worker_id = worker_id
         self.task_id = uuid.uuid4().hex
@@ -133,13 +148,14 @@ class Worker:
         """Ray's next attempt: claims the worker and restores it."""
         self.ray_attempt += 1
         owner = Owner(uuid.uuid4().hex, task_id=self.task_id, ray_attempt=self.ray_attempt)
-        granted = self.log.run(rules.claim(rules.Claimant(owner, TASK, self.worker_id, max_failures=-1), time.time()))
+        claimant = rules.Claimant(owner, TASK, self.worker_id, max_failures=-1, policy=self.policy)
+        granted = self.log.run(rules.claim(claimant, time.time()))
         assert isinstance(granted, rules.Granted), granted
-        return Attempt(self.log, granted.held, schedule or Schedule(every, time.monotonic()), state, keep)
+        return Attempt(self.log, granted.held, schedule or Schedule(every, time.monotonic()), state, keep, self.patience_s)
 
     def retry(self, failed: Attempt, *, state: dict[str, Any] | None = None, schedule: Schedule | None = None, keep: int = 3) -> Attempt:
         """The attempt after a failure in the same process."""
-        return Attempt(self.log, failed.journal.held, schedule or Schedule(1, time.monotonic()), state, keep)
+        return Attempt(self.log, failed.journal.held, schedule or Schedule(1, time.monotonic()), state, keep, self.patience_s)
 
     def numbers(self) -> list[int]:
         """The numbers of all records."""

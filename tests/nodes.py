@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -31,9 +32,9 @@ class Nodes:
         self.address: str = cluster.address
         self.head_id: str = cluster.head_node.node_id
 
-    def add(self, cpus: int = 2) -> Any:
+    def add(self, cpus: int = 2, **resources: float) -> Any:
         """Start a worker node, and wait until Ray knows it."""
-        node = self._cluster.add_node(num_cpus=cpus, resources={WORK: cpus})
+        node = self._cluster.add_node(num_cpus=cpus, resources={WORK: cpus, **resources})
         wait_until(lambda: node.node_id in alive(), WAIT_S)
         return node
 
@@ -75,6 +76,7 @@ def alive() -> set[str]:
 def some_nodes(**system_config: Any) -> Iterator[Nodes]:
     """A head alone, to which nodes can be added; the driver is connected to it."""
     with temporary_dir() as directory:
+        Path("/tmp/ray").mkdir(exist_ok=True)  # where `Cluster` notes its address, whatever `temp_dir` is
         head = {"num_cpus": 0, "include_dashboard": False, "temp_dir": directory, "_system_config": system_config}
         cluster: Any = Cluster(initialize_head=True, head_node_args=head)
         try:

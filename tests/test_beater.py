@@ -103,6 +103,7 @@ class FakeManager:
         self.forgotten = 0
         self.answers: dict[str, str] = {}
         self.cancelled = 0
+        self.interval_s: float | None = None
 
     @property
     def beat(self) -> FakeManager:
@@ -128,11 +129,13 @@ class FakeManager:
         """Instead of `ray.wait`."""
         return ([], refs) if self.slow else (refs, [])
 
-    def get(self, ref: Any) -> tuple[list[str], int]:
+    def get(self, ref: Any) -> tuple[list[str], int, float]:
         """Instead of `ray.get`."""
         if not self.alive:
             raise self.error
-        return [self.answers.get(str(said["worker_id"]), "ok") for said in self.calls[-1]], self.cancelled
+        said = self.calls[-1]
+        answers = [self.answers.get(str(beat["worker_id"]), "ok") for beat in said]
+        return answers, self.cancelled, self.interval_s or float(said[0]["interval_s"])
 
 
 @pytest.fixture
@@ -216,6 +219,24 @@ def test_each_worker_hears_its_own_answer(fake: FakeManager, events: list[str], 
     assert [set(source.replies) for source in sources] == [{"superseded"}, {"drained"}, {"ok"}]
     assert "faultguard.thread_error" in events
     assert _beater.cancelled_all(here) == 7
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_process_beats_as_seldom_as_it_is_told(fake: FakeManager, late: bool) -> None:
+    """Also where the reply comes late: from a manager that is busy, one more beat at once is the last thing it needs."""
+    fake.interval_s, fake.slow = 3600.0, late
+    line = _beater._Line(settings(interval=900.0))
+    clients = [_beater._Client(FakeSource(settings()), 0.0)]
+    again = line.step(clients)
+    if late:
+        assert again - time.monotonic() <= _beater.REPLY_S
+        fake.slow = False
+        again = line.step(clients)
+    assert 900.0 < again - time.monotonic() <= 3600.0
+    assert [beat["interval_s"] for call in fake.calls for beat in call] == [900.0]
+    line._due = 0.0
+    line.step(clients)
+    assert [beat["interval_s"] for call in fake.calls for beat in call] == [900.0, 3600.0]
 
 
 def test_final_beat_is_sent_once(fake: FakeManager, beating: Callable[[FakeSource], FakeSource]) -> None:

@@ -14,7 +14,7 @@ import pytest
 
 RUN = Path(__file__).resolve().parents[1] / "benchmarks" / "run.py"
 IN_PROCESS = ("loop", "snapshot", "durable")  # the rows that need no cluster
-LATER = "frozen"
+LATER = "named"
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -84,7 +84,21 @@ def test_row_that_cannot_be_measured_fails_the_run(tmp_path: Path) -> None:
     """A row without a value is an error of the run, and does not hide the others."""
     file = tmp_path / "not-a-directory"
     file.write_text("")
-    done = run("--quick", "--only", "loop,frozen", "--dir", str(file))
+    done = run("--quick", "--only", "loop,named", "--dir", str(file))
     assert done.returncode == 2
     assert "NOT MEASURED" in done.stdout
-    assert "part 2" in done.stdout
+    assert "part 3" in done.stdout
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["killed", "manager"])
+def test_row_on_a_cluster_is_measured(tmp_path: Path, name: str) -> None:
+    """It has a value, and says how it came about; each raises if what it measures did not take place."""
+    file = tmp_path / "rows.json"
+    done = run("--quick", "--only", name, "--json", str(file))
+    assert done.returncode == 0, done.stdout + done.stderr
+    (row,) = json.loads(file.read_text(encoding="utf-8"))
+    assert math.isfinite(row["value"])
+    assert row["value"] > 0
+    assert len(row["details"]) > 1

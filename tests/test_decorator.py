@@ -152,9 +152,13 @@ OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"give_up_on": [ValueError]}, "give_up_on=[<class 'ValueError'>] is refused"),
     ({"backoff": 1.0}, "backoff=1.0 is refused; it takes faultguard.Backoff(initial=1.0, factor=5.0, maximum=300.0)"),
     ({"stall_timeout": -1}, "recoverable(stall_timeout=-1) is refused; it takes seconds (> 0), a timedelta, or None for no limit"),
-    ({"reset_on_progress": True}, "recoverable(reset_on_progress=True) is refused: reset_on_progress does not work yet; leave it out"),
-    ({"fresh_process_on": (OSError,)}, "is refused: fresh_process_on does not work yet; leave it out"),
-    ({"on_poison": "skip"}, "recoverable(on_poison='skip') is refused: on_poison does not work yet; leave it out"),
+    ({"reset_on_progress": 1}, "reset_on_progress=1 is refused; it takes True or False"),
+    ({"fresh_process_on": "CUDA"}, "fresh_process_on='CUDA' is refused; it takes an exception type, a tuple of them, or a predicate"),
+    ({"on_poison": "drop"}, 'recoverable(on_poison=\'drop\') is refused; it takes "fail" (the budget decides) or "skip"'),
+    (
+        {"on_poison": "skip", "max_failures": 2},
+        'recoverable(on_poison="skip") with max_failures=2 is refused: a batch is quarantined after 3',
+    ),
 ]
 
 
@@ -189,7 +193,7 @@ def test_an_option_that_nobody_knows_is_a_type_error() -> None:
             ".options(num_returns='dynamic') on a recoverable task is refused: a generator that",
         ),
         ({"num_returns": "streaming"}, ".options(num_returns='streaming') on a recoverable task is refused"),
-        ({"resume": "never"}, "options(resume='never') is refused: resume does not work yet; leave it out"),
+        ({"resume": "always"}, "it takes 'never', or nothing: a worker resumes by itself"),
         ({"worker_id": ""}, "worker_id '' is refused: it is empty"),
         ({"worker_id": 7}, "worker_id 7 is refused: it is of type 'int', not str"),
         ({"worker_id": "x" * 513}, "it is 513 bytes long in UTF-8, the limit is 512"),
@@ -504,7 +508,7 @@ def test_ray_is_not_started_where_ray_itself_would_not(monkeypatch: pytest.Monke
 def submission(max_retries: int) -> Callable[..., Any]:
     """What Ray's hook is given: the call that submits, with Ray's options in its closure."""
 
-    def invocation(*args: Any, **kwargs: Any) -> Any:
+    def invocation(args: Any, kwargs: Any) -> Any:
         return "submitted", max_retries, args, kwargs
 
     return invocation
@@ -515,7 +519,7 @@ def test_enough_retries_of_ray_are_taken(settings: Settings, max_failures: int, 
     """Below @ray.remote, Ray's `max_retries` must be -1 or at least max_failures + 1."""
     task: Any = faultguard.recoverable(max_failures=max_failures)(train)
     submit = task.__ray_invocation_decorator__(submission(max_retries))
-    assert submit("w0", scale=2) == ("submitted", max_retries, ("w0",), {"scale": 2})
+    assert submit(("w0",), {"scale": 2}) == ("submitted", max_retries, ("w0",), {"scale": 2})
 
 
 @pytest.mark.parametrize(
@@ -531,7 +535,7 @@ def test_too_few_retries_of_ray_are_refused(settings: Settings, max_failures: in
     """Ray would give up before the budget does; the text says what to write."""
     task: Any = faultguard.recoverable(max_failures=max_failures)(train)
     with pytest.raises(UsageError) as caught:
-        task.__ray_invocation_decorator__(submission(max_retries))()
+        task.__ray_invocation_decorator__(submission(max_retries))((), {})
     assert text in str(caught.value)
 
 
@@ -539,7 +543,7 @@ def test_retries_that_cannot_be_read_are_a_warning(settings: Settings, caplog: p
     """Where Ray's options cannot be seen, the user is told once, and the task runs."""
     task: Any = faultguard.recoverable(name="unreadable")(train)
     for _ in range(2):
-        assert task.__ray_invocation_decorator__(print)() is None
+        assert task.__ray_invocation_decorator__(print)((), {}) is None
     assert len(caplog.records) == 1
     assert "Ray's max_retries of task 'unreadable' cannot be read; set it to at least max_failures + 1" in caplog.text
 

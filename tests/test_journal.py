@@ -175,7 +175,7 @@ def test_a_store_that_fails_for_a_while_is_lived_through(store: Store, caplog: p
     attempt.journal.write_due(time.monotonic() + 10)
     assert len(caplog.records) == 1
     assert caplog.records[0].event == "faultguard.store_failed"  # type: ignore[attr-defined] # a field
-    assert "'task/w0' cannot save: the disk is full. It tries again, and ends the loop after 60 s." in caplog.text
+    assert "'task/w0' cannot save: the disk is full. It tries again, and gives up after 60 s." in caplog.text
     flaky.broken = False
     assert attempt.ckpt.durable_batch == 1
     attempt.journal.write_due(time.monotonic() + 20)
@@ -196,7 +196,7 @@ def test_a_store_that_fails_is_not_asked_at_every_boundary(store: Store) -> None
     assert flaky.creates == before + 1
 
 
-def test_patience_with_a_store_ends(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_patience_with_a_store_ends(store: Store) -> None:
     """A loop whose checkpoints cannot be saved for too long is told at its next boundary (G7)."""
     flaky = Flaky(store)
     attempt = Worker(flaky).attempt()
@@ -205,7 +205,7 @@ def test_patience_with_a_store_ends(store: Store, monkeypatch: pytest.MonkeyPatc
     flaky.broken = True
     next(batches)
     next(batches)
-    monkeypatch.setattr(_journal, "STORE_PATIENCE_S", -1.0)
+    attempt.journal._patience_s = -1.0
     with pytest.raises(CheckpointStoreError, match="the disk is full"):
         next(batches)
 
@@ -213,7 +213,7 @@ def test_patience_with_a_store_ends(store: Store, monkeypatch: pytest.MonkeyPatc
 def test_an_unanswered_save_is_no_successor(store: Store) -> None:
     """A record of one's own whose create got no answer is taken over later, and is not mistaken for somebody else's (G6)."""
     flaky = Flaky(store)
-    worker = Worker(flaky)
+    worker = Worker(flaky, patience_s=0.0)
     attempt = worker.attempt()
     advance(attempt)
     flaky.mute = True
@@ -228,9 +228,11 @@ def test_an_unanswered_save_is_no_successor(store: Store) -> None:
         attempt.ckpt.check()
 
 
-@pytest.mark.parametrize("kind", ["retry", "end"])
-def test_a_record_that_the_worker_needs_is_insisted_on(store: Store, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A store that fails for a moment, just when an attempt ends, does not cost the work of hours."""
+@pytest.mark.parametrize("kind", ["retry", "end", "wait", "check"])
+def test_a_record_that_the_worker_needs_is_insisted_on(
+    store: Store, kind: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A store that fails for a moment, just when an attempt ends or waits for it, does not cost the work of hours; it is told once."""
     monkeypatch.setattr(_journal, "STORE_RETRY_S", 0.0)
     flaky = Flaky(store)
     worker = Worker(flaky)
@@ -239,10 +241,16 @@ def test_a_record_that_the_worker_needs_is_insisted_on(store: Store, kind: str, 
     flaky.errors = 5
     if kind == "end":
         attempt.complete()
-    else:
+    elif kind == "retry":
         attempt.fail()
-    assert [record.kind for record in worker.records()] == ["claim", "save", "save", "end" if kind == "end" else "claim"]
+    elif kind == "check":
+        attempt.ckpt.check()
+    else:
+        attempt.ckpt.save(wait=True)
+    last = {"end": ["end"], "retry": ["claim"], "wait": ["save"], "check": []}[kind]
+    assert [record.kind for record in worker.records()] == ["claim", "save", "save", *last]
     assert batch_of(worker) == 2
+    assert [record.event for record in caplog.records] == ["faultguard.store_failed"]  # type: ignore[attr-defined] # a field
 
 
 def test_a_process_that_leaves_does_not_insist(store: Store) -> None:
@@ -254,14 +262,13 @@ def test_a_process_that_leaves_does_not_insist(store: Store) -> None:
         attempt.journal.leave(Ended("terminated", charged=False))
 
 
-def test_an_unanswered_end_is_the_end(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unanswered_end_is_the_end(store: Store) -> None:
     """An outcome whose create got no answer can be recorded again; it stands in the log once."""
     flaky = Flaky(store)
-    worker = Worker(flaky)
+    worker = Worker(flaky, patience_s=0.0)
     attempt = worker.attempt()
     advance(attempt)
     snapshot = attempt.ckpt.finish()
-    monkeypatch.setattr(_journal, "STORE_PATIENCE_S", 0.0)
     flaky.mute = True
     with pytest.raises(CheckpointStoreError):
         attempt.journal.end(Outcome("completed"), snapshot)

@@ -22,6 +22,7 @@ import ray
 
 import faultguard
 from faultguard import RecoveryManager, WorkerState, _manager, _watch
+from faultguard._core.pace import Pace
 from faultguard._core.records import Ended, Mark, Outcome, Owner, Record, Snapshot
 from faultguard._log import StoredLog
 from faultguard._manager import find, find_or_make, forget, manager_name
@@ -183,6 +184,48 @@ def test_beats_of_a_replaced_attempt_are_dropped() -> None:
     assert view.beat([beat(token=6)], 3.0, 3.0) == ["ok"]
 
 
+def test_who_was_told_to_beat_seldom_is_not_silent_in_between() -> None:
+    """The longer interval counts, as it is told now or as the worker goes by it still; without one, the timeout alone."""
+    view = LiveView(10.0, 0.0, 5.0)
+    view.check(0.0, 1.0)
+    view.beat([beat("w0", interval_s=5.0), beat("w1", interval_s=15.0)], 1.0, 1001.0)
+    view.interval_s = 20.0
+    view.beat([beat("w2", interval_s=5.0)], 1.0, 1001.0)
+    assert watched(view, 1.0, 13.0) == ["w0"]
+    assert watched(view, 13.0, 33.0) == ["w1"]
+    assert watched(view, 33.0, 43.0) == ["w2"]
+
+
+def test_a_manager_that_is_busy_stretches_the_interval() -> None:
+    """From what a call costs and how many processes call; never below what was asked for, never at one leap, and back again."""
+    pace = Pace(5.0, 0.0, 1.0)
+    pace.look(4.0, 5.0, calls=4000, senders=20_000)
+    assert pace.interval_s == 5.0, "too early to say"
+    pace.look(6.0, 7.0, calls=6000, senders=20_000)
+    assert pace.interval_s == 20.0, "it takes 80, in two steps"
+    pace.look(12.0, 13.0, calls=12_000, senders=20_000)
+    assert pace.interval_s == 80.0
+    pace.look(20.0, 14.0, calls=12_002, senders=20_000)
+    assert pace.interval_s == 80.0, "two calls say nothing"
+    pace.look(100.0, 14.1, calls=12_102, senders=2)
+    assert pace.interval_s == 5.0
+
+
+def test_who_cannot_beat_any_more_is_adopted() -> None:
+    """A view that begins anew counts the silence of those it was told of; it shows them when they speak, and believes no older tale."""
+    view = LiveView(10.0, 0.0)
+    view.check(0.0, 1.0)
+    view.beat([beat("w1", token=5)], 1.0, 1001.0)
+    view.adopt([beat("w0"), beat("w1", token=4)], 1.0, 1001.0)
+    assert [live["worker_id"] for live in view.workers(1.0)] == ["w1"]
+    assert watched(view, 1.0, 11.0) == []
+    assert view.beat([beat("w1", token=5)], 11.0, 1011.0) == ["ok"]
+    assert watched(view, 11.0, 15.0) == ["w0"]
+    assert [said["worker_id"] for said in view.silent()] == ["w0"]
+    assert view.beat([beat("w0")], 15.0, 1015.0) == ["ok"]
+    assert {live["worker_id"]: live["silent"] for live in view.workers(15.0)} == {"w0": False, "w1": False}
+
+
 def test_a_cancel_is_for_what_was_submitted_before_it() -> None:
     """Of one worker, or of all; each cancel of the driver has a number, and beats say how many there had been."""
     view = LiveView(10.0, 0.0)
@@ -218,8 +261,8 @@ def test_last_beat_counts_listening_time_only() -> None:
     view = LiveView(10.0, 0.0)
     view.check(0.0, 1.0)
     view.beat([beat()], 0.0, 0.0)
-    assert view.last_beat("embed", "nobody", 0.5) == {"age_s": None, "doubted": False, "uptime_s": 0.5}
-    assert view.last_beat("embed", "w0", 500.0) == {"age_s": 1.0, "doubted": False, "uptime_s": 1.0}
+    assert view.last_beat("embed", "nobody", 0.5) == {"age_s": None, "doubted": False, "uptime_s": 0.5, "final_token": None}
+    assert view.last_beat("embed", "w0", 500.0) == {"age_s": 1.0, "doubted": False, "uptime_s": 1.0, "final_token": None}
 
 
 def test_view_forgets_who_ended_first(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ import pytest
 from faultguard import _attempt, _beater, _ray, errors
 from faultguard._attempt import TaskOptions, Work, run_task
 from faultguard._settings import Settings
-from faultguard.errors import CheckpointStoreError, FaultguardError, MaxFailuresExceeded, StalledError, UsageError
+from faultguard.errors import FaultguardError, MaxFailuresExceeded, StalledError, UsageError
 from faultguard.policy import Backoff, check_matcher, verdict
 from faultguard.storage import open_store, store_id
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from faultguard.policy import Matcher
 
 OURS = [getattr(errors, name) for name in errors.__all__]
-RETRIED_OF_OURS = [kind for kind in OURS if issubclass(kind, (StalledError, CheckpointStoreError))]
+RETRIED_OF_OURS = [kind for kind in OURS if issubclass(kind, StalledError)]
 FINAL_OF_OURS = [kind for kind in OURS if kind not in RETRIED_OF_OURS]
 
 
@@ -131,16 +131,10 @@ def test_our_own_errors_are_final(kind: type[FaultguardError], retry_on: Matcher
     assert verdict(kind("x"), retry_on, ()) is False
 
 
-@pytest.mark.parametrize("kind", RETRIED_OF_OURS)
-def test_trouble_of_the_world_is_retried(kind: type[FaultguardError]) -> None:
-    """A stall or a store that fails for a while is tried again, unless told not to."""
-    assert verdict(kind("x"), Exception, ()) is True
-    assert verdict(kind("x"), Exception, kind) is False
-
-
-def test_the_two_kinds_that_are_retried() -> None:
-    """Nothing becomes retryable by accident."""
-    assert {kind.__name__ for kind in RETRIED_OF_OURS} == {"StalledError", "CheckpointStoreError", "AmbiguousReplyError"}
+def test_a_stall_is_retried() -> None:
+    """It is a failure of the work, unless told not to."""
+    assert verdict(StalledError("x"), Exception, ()) is True
+    assert verdict(StalledError("x"), Exception, StalledError) is False
 
 
 # --- the waits of a task --------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from faultguard._probe import Answer
 from faultguard._prober import Prober
 
 TIMEOUT_S = 60.0
-BEAT = {"task": "t", "worker_id": "w", "token": 7, "node_id": "n", "boot_id": "b", "pid": 1, "start_time": 2}
+BEAT = {"run": "r", "task": "t", "worker_id": "w", "attempt": 1, "token": 7, "node_id": "n", "boot_id": "b", "pid": 1, "start_time": 2}
 
 
 class PlayedRay:

@@ -11,13 +11,27 @@ from faultguard import _ray, _settings
 from faultguard._settings import checked_store, decode_settings, new_settings, option, resolve_checkpoint_dir
 from faultguard.errors import CheckpointStoreError, UsageError
 
-DEFAULTS = {"max_failures": 3, "heartbeat_interval": 5.0, "heartbeat_timeout": 60.0, "check_args": True, "progress": True}
+DEFAULTS = {
+    "max_failures": 3,
+    "heartbeat_interval": 5.0,
+    "heartbeat_timeout": 60.0,
+    "check_args": True,
+    "progress": True,
+    "run": None,
+    "resume": "auto",
+    "takeover": False,
+    "store_patience": 60.0,
+}
 OTHERS = {  # an argument, and the environment with its value
     "max_failures": (7, "-1", -1),
     "heartbeat_interval": (2, "0.5", 0.5),
     "heartbeat_timeout": (90.0, "120", 120.0),
     "check_args": (True, "false", False),
     "progress": (True, "0", False),
+    "run": ("nightly", "weekly", "weekly"),
+    "resume": ("never", "always", "always"),
+    "takeover": (False, "1", True),
+    "store_patience": (5, "0", 0.0),
 }
 IDENTITY = _ray.Identity(job_id="01000000", node_id="ab", task_id="driver", attempt=0, task_name="driver", function_name="")
 
@@ -44,7 +58,7 @@ def test_an_argument_beats_the_environment_beats_the_default(monkeypatch: pytest
     monkeypatch.setenv(f"FAULTGUARD_{name.upper()}", text)
     assert option(name, None) == from_environment
     assert option(name, argument) == argument
-    assert type(option(name, argument)) is type(DEFAULTS[name])
+    assert type(option(name, argument)) is type(from_environment)
 
 
 def test_false_is_an_argument(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,6 +92,14 @@ def test_bad_seconds_are_refused(name: str, value: object) -> None:
     with pytest.raises(UsageError) as refused:
         option(name, value)
     assert str(refused.value) == f"{name}={value!r} is refused; it takes seconds, more than 0 and less than a day"
+
+
+@pytest.mark.parametrize("value", [-1, 86_400, float("nan"), True, "5"])
+def test_bad_patience_is_refused(value: object) -> None:
+    """It may be none."""
+    with pytest.raises(UsageError) as refused:
+        option("store_patience", value)
+    assert str(refused.value) == f"store_patience={value!r} is refused; it takes seconds, less than a day: 0 for no patience"
 
 
 @pytest.mark.parametrize("name", ["check_args", "progress"])

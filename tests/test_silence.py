@@ -238,6 +238,19 @@ def test_a_stopped_worker_is_replaced(start_run: StartRun, trace: Trace, ray_clu
     assert len(wait_until(lambda: told(ray_cluster, "'steps/replaced' attempt 1 was stopped by a signal; its process is ended"))) == 1
 
 
+def test_a_stopped_worker_is_replaced_also_if_its_manager_dies(start_run: StartRun, trace: Trace) -> None:
+    """A manager that comes back asks the nodes whom they hold: who stood still before cannot tell it."""
+    start_run(heartbeat_interval=INTERVAL_S, heartbeat_timeout=TIMEOUT_S)
+    refs = [steps.remote(worker, 30, 0.1, trace) for worker in ("still", "works")]
+    wait_until_heard("still")
+    wait_until_heard("works")
+    os.kill(trace.notes("batch", "still")[-1]["pid"], signal.SIGSTOP)
+    os.kill(manager_pid(), signal.SIGKILL)
+    assert ray.get(refs, timeout=WAIT_S) == [expected(30)] * 2
+    assert {note["attempt"] for note in trace.notes("batch", "still")} == {1, 2}
+    assert {note["attempt"] for note in trace.notes("batch", "works")} == {1}
+
+
 @faultguard.recoverable(every=1, backoff=NOWAIT)
 @ray.remote(num_cpus=0.5)
 def in_c(worker_id: str, kind: str, seconds: float, trace: Trace) -> Any:

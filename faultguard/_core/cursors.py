@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 from typing import TYPE_CHECKING
 
-from faultguard._core.records import HAND_WRITTEN, Mark, left_last
+from faultguard._core.records import HAND_WRITTEN, Mark, Place, Spot, left_last
 from faultguard.errors import InputChangedError, UsageError
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ class Loop:
         "name",
         "opened",
         "outside",
+        "raised",
         "total",
     )
 
@@ -55,6 +56,7 @@ class Loop:
         self.outside: tuple[int, str] | None = None  # of a batch in which a loop began: its index and fingerprint
         self.opened = False  # by this attempt; a mark of an earlier one waits until then
         self.left = False  # early, by this attempt
+        self.raised = False  # left by an exception
         self.total: int | None = None
 
     def mark(self) -> Mark:
@@ -117,6 +119,26 @@ class Cursors:
     def position(self) -> tuple[int, ...]:
         """Batches done, outer to inner."""
         return tuple(loop.done for loop in self.path)
+
+    @property
+    def place(self) -> Place:
+        """`position` with the names of the loops."""
+        return tuple(Spot(loop.name, self.scopes[loop.depth].index(loop), loop.done) for loop in self.path)
+
+    @property
+    def begins(self) -> Place:
+        """The batch of the innermost open loop, as records name it; empty where it could not be passed over."""
+        return self.place if self.stack and self._is_whole(self.stack) else ()
+
+    @property
+    def thrown_out(self) -> bool:
+        """Whether an exception came out of the batch at `place`, which could be passed over."""
+        path = self.path
+        return bool(path) and path[-1].raised and path[-1].in_hand and self._is_whole(path)
+
+    def _is_whole(self, path: list[Loop]) -> bool:
+        """Whether nothing inside of the batch in hand is counted: to pass over a batch that is would count a part of it."""
+        return not any(self.scopes[len(path) :])
 
     @property
     def is_open(self) -> bool:
@@ -187,9 +209,9 @@ class Cursors:
         loop.in_hand = False
         self._pop(loop)
 
-    def leave(self, loop: Loop) -> None:
+    def leave(self, loop: Loop, *, raised: bool = False) -> None:
         """The loop was left early: by `break`, `return` or an exception. What follows decides whether its batch counts."""
-        loop.left = not loop.finished
+        loop.left, loop.raised = not loop.finished, raised
         self._pop(loop)
 
     def close_left(self, depth: int = 0) -> bool:
@@ -215,6 +237,11 @@ class Cursors:
     def marks(self) -> Marks:
         """What a record keeps of all loops."""
         return tuple(tuple(loop.mark() for loop in scope) for scope in self.scopes if scope)
+
+    def pass_over(self, loop: Loop, fingerprint: str | None) -> None:
+        """A batch is over that was never in hand; None: it was not even read."""
+        self.done(loop)
+        loop.last, loop.last_known = fingerprint, True
 
     def loops(self) -> list[Loop]:
         """Every loop in every scope."""

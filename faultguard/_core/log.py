@@ -11,11 +11,11 @@ deleting needs no check, because the deleter's own durable save made what it del
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from faultguard._core.budget import add_failure, cost_of_crash, exhausted, next_budget
-from faultguard._core.records import Ended, FailureRecord, Outcome, Owner, Record, Snapshot, decode_record, encode_record
+from faultguard._core.budget import PLAIN, Budget, Policy, charge, cost_of_crash, exhausted, next_budget
+from faultguard._core.records import Ended, FailureRecord, Outcome, Owner, Place, Record, Snapshot, decode_record, encode_record
 from faultguard.errors import AmbiguousReplyError, CheckpointCorruptError, CheckpointStoreError
 
 if TYPE_CHECKING:
@@ -35,6 +35,8 @@ __all__ = [
     "Refused",
     "Reply",
     "claim",
+    "condense",
+    "create",
     "discard",
     "give_back",
     "load",
@@ -42,6 +44,7 @@ __all__ = [
     "retain",
     "retention",
     "retry_record",
+    "same_task",
     "save",
     "superfluous",
     "superseded",
@@ -111,8 +114,10 @@ class Claimant:
     max_failures: int
     named_run: bool = False
     always: bool = False  # the manager's public methods: whoever registers, supersedes
+    afresh: bool = False  # start over, whatever another task has done under this id
     gone: int = 0
     crashed: tuple[str, str, str] = ("", "", "")  # a writer, what its process died of as far as anybody knows, and where it stood
+    policy: Policy = PLAIN
 
 
 @dataclass(slots=True)
@@ -135,6 +140,15 @@ class Held:
     saved_s: float = 0.0
     known: dict[int, str] = field(default_factory=dict)
     unanswered: Record | None = None
+    quarantined: tuple[Place, ...] = ()
+    begins: Place = ()  # what `last` says
+    predecessor: str = ""  # how the attempt before this one ended
+    policy: Policy = PLAIN
+
+    @property
+    def budget(self) -> Budget:
+        """What was spent so far."""
+        return Budget(self.charged, self.failures, self.quarantined)
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,14 +209,19 @@ def may_claim(head: Record | None, me: Claimant) -> Verdict:  # noqa: PLR0911 - 
         return _after_end(head, me)
     if owner.writer == me.owner.writer:
         return "claim"  # an earlier try of this very claim, cut short by an error of the store
-    if owner.task_id == me.owner.task_id:
+    if owner.epoch != me.owner.epoch:
+        return "claim" if me.owner.epoch > owner.epoch else "refuse"
+    if same_task(owner, me.owner):
         mine, theirs = _order(me.owner), _order(owner)
         if mine > theirs or (mine == theirs and (head.ended is not None or head.token == me.gone)):
             return "claim"
         return "wait" if mine == theirs else "refuse"
-    if owner.epoch != me.owner.epoch:
-        return "claim" if me.owner.epoch > owner.epoch else "refuse"
     return "claim" if head.ended is not None or head.token == me.gone else "wait"
+
+
+def same_task(one: Owner, other: Owner) -> bool:
+    """Whether both are attempts of one Ray task. A new cluster gives the ids of an old one again: they are told apart by the driver."""
+    return (one.task_id, one.epoch) == (other.task_id, other.epoch)
 
 
 def _order(owner: Owner) -> tuple[int, int]:
@@ -212,7 +231,7 @@ def _order(owner: Owner) -> tuple[int, int]:
 def _after_end(head: Record, me: Claimant) -> Verdict:
     """A task that runs again gets its outcome; new work begins a new life, or after a failure goes on, but not for an older driver."""
     completed = head.outcome is None or head.outcome.status == "completed"
-    if head.owner.task_id == me.owner.task_id or (completed and me.named_run):
+    if same_task(head.owner, me.owner) or (completed and me.named_run and not me.afresh):
         return "outcome"
     return "claim" if me.owner.epoch >= head.owner.epoch else "refuse"
 
@@ -312,12 +331,13 @@ def claim(me: Claimant, now: float) -> Generator[Op, Any, Granted | Finished | B
             return Refused(head)
         number = max(loaded.numbers, default=0) + 1
         record = claim_record(me, loaded, number, now)
-        created = yield from _create(number, encode_record(record))
+        created = yield from create(number, encode_record(record))
         numbers = yield List()
         if created and max(numbers, default=0) == number:
             if record.kind == "end":
                 return Finished(record, now=True)
-            return Granted(_held(record, numbers, loaded), loaded.snapshot if record.points_to else None, head, loaded.damaged)
+            held = _held(record, numbers, loaded, me.policy)
+            return Granted(held, loaded.snapshot if record.points_to else None, head, loaded.damaged)
     msg = f"worker {me.worker_id!r} could not be claimed in {MAX_CLAIM_TRIES} tries: others go on claiming it at the same time"
     raise CheckpointStoreError(msg)
 
@@ -340,25 +360,28 @@ def claim_record(me: Claimant, loaded: Loaded, number: int, now: float) -> Recor
         return base
     if head.kind == "end" and (head.outcome is None or head.outcome.status == "completed"):
         return replace_record(base, life=head.life + 1, predecessor="completed")
-    charged, failures = next_budget(head)
+    if me.afresh and not same_task(head.owner, me.owner):  # Ray's next attempt of the same task resumes
+        return replace_record(base, life=head.life + 1, predecessor="started over")
+    budget = next_budget(head)
     own = head.owner.writer == me.owner.writer  # nothing has run under it
     cancelled = me.crashed[:2] == (head.owner.writer, "cancelled")  # by force: it was given no time for a note
     crashed = 0 if own or cancelled else cost_of_crash(head)
     if crashed:
-        charged += crashed
-        failures = add_failure(failures, _crash(head, loaded.snapshot, now, me.crashed))
+        policy = replace(me.policy, skip_poison=me.policy.skip_poison or bool(head.begins))  # which a block may have asked for
+        budget = charge(budget, _crash(head, loaded.snapshot, now, me.crashed), policy)
     resumed_s = loaded.snapshot.work_s if loaded.snapshot is not None else 0.0
     record = replace_record(
         base,
         life=head.life,
         attempt=1 if head.kind == "end" else head.attempt + (not own),
-        charged=charged,
-        failures=failures,
-        predecessor="crash" if crashed else "cancelled" if cancelled else (head.ended.cause if head.ended else "failed"),
+        charged=budget.charged,
+        failures=budget.failures,
+        quarantined=budget.quarantined,
+        predecessor="crash" if crashed else "cancelled" if cancelled else _end_of(head, own=own),
         points_to=loaded.holder,
         saved_s=head.saved_s + resumed_s,
     )
-    if not exhausted(charged, me.max_failures):
+    if not exhausted(budget.charged, me.max_failures):
         return record
     return replace_record(
         record,
@@ -369,6 +392,13 @@ def claim_record(me: Claimant, loaded: Loaded, number: int, now: float) -> Recor
         saved_s=head.saved_s,
         outcome=Outcome(status="failed"),
     )
+
+
+def _end_of(head: Record, *, own: bool) -> str:
+    """How the attempt of `head` ended, by its own word; an earlier try of this claim has not begun anything."""
+    if head.ended is not None:
+        return head.ended.cause
+    return head.predecessor if own else "failed"
 
 
 def _crash(head: Record, snapshot: Snapshot | None, now: float, crashed: tuple[str, str, str]) -> FailureRecord:
@@ -384,6 +414,8 @@ def _crash(head: Record, snapshot: Snapshot | None, now: float, crashed: tuple[s
         time=now,
         position=snapshot.position if snapshot else (),
         stacks=stacks,
+        place=head.begins or (snapshot.place if snapshot else ()),
+        pinned=bool(head.begins),
     )
 
 
@@ -393,7 +425,7 @@ def replace_record(record: Record, **changes: Any) -> Record:
     return Record(**{**fields, **changes})
 
 
-def _held(record: Record, numbers: Iterable[int], loaded: Loaded) -> Held:
+def _held(record: Record, numbers: Iterable[int], loaded: Loaded, policy: Policy) -> Held:
     """The log as the one knows it who has just claimed it: of older records only the numbers."""
     known = dict.fromkeys(numbers, "unknown")
     known[record.number] = "claim"
@@ -412,6 +444,9 @@ def _held(record: Record, numbers: Iterable[int], loaded: Loaded) -> Held:
         durable=loaded.snapshot if record.points_to else None,
         saved_s=record.saved_s,
         known=known,
+        quarantined=record.quarantined,
+        predecessor=record.predecessor,
+        policy=policy,
     )
 
 
@@ -426,10 +461,12 @@ def save(
     ended: Ended | None = None,
     failure: FailureRecord | None = None,
     outcome: Outcome | None = None,
+    begins: Place = (),
 ) -> Generator[Op, Any, bool]:
     """Append a save, or with an `outcome` the end. Returns False when a later attempt owns the worker: superseded.
 
-    `snapshot` None repeats the one that is durable. `ended` and `failure` are the note of an attempt that leaves.
+    `snapshot` None repeats the one that is durable. `ended` and `failure` are the note of an attempt that leaves. `begins` is the
+    batch that is to begin as soon as this is durable.
     After an error of the store it may be called again, with the same or something newer.
     """
     settled = held.unanswered
@@ -437,10 +474,11 @@ def save(
         return False
     if held.known.get(held.last) == "end":
         return True  # it has arrived after all, and nothing comes after an outcome
-    charged = held.charged + (1 if ended is not None and ended.charged else 0)
-    failures = add_failure(held.failures, failure) if failure is not None else held.failures
+    budget = held.budget
+    if failure is not None:
+        budget = charge(budget, failure, held.policy if outcome is None else PLAIN)  # of what ends for good, nothing is quarantined
     snapshot = snapshot if snapshot is not None else held.durable
-    if settled is not None and (settled.snapshot, settled.ended, settled.outcome) == (snapshot, ended, outcome):
+    if settled is not None and (settled.snapshot, settled.ended, settled.outcome, settled.begins) == (snapshot, ended, outcome, begins):
         return True
     number = held.last + 1
     record = Record(
@@ -453,12 +491,14 @@ def save(
         life=held.life,
         attempt=held.attempt,
         token=held.token,
-        charged=charged,
-        failures=failures,
+        charged=budget.charged,
+        failures=budget.failures,
+        quarantined=budget.quarantined,
         snapshot=snapshot,
         ended=ended,
         outcome=outcome,
         saved_s=held.saved_s,
+        begins=begins,
     )
     return (yield from _append(held, record))
 
@@ -468,7 +508,7 @@ def give_back(head: Record, now: float, ended: Ended) -> Generator[Op, Any, bool
     loaded = yield from load([*(yield List())])
     if loaded.head is None or loaded.head.number != head.number:
         return False
-    held = _held(head, loaded.numbers, loaded)
+    held = _held(head, loaded.numbers, loaded, PLAIN)
     held.durable = loaded.snapshot
     return (yield from save(held, None, now, ended=ended))
 
@@ -491,6 +531,7 @@ def retry_record(
     snapshot = snapshot if snapshot is not None else held.durable
     number = held.last + 1
     owner = _next_retry(held.owner)
+    budget = charge(held.budget, failure, held.policy)
     record = Record(
         kind="claim",
         number=number,
@@ -501,13 +542,20 @@ def retry_record(
         life=held.life,
         attempt=held.attempt + 1,
         token=number,
-        charged=held.charged + 1,
-        failures=add_failure(held.failures, failure),
+        charged=budget.charged,
+        failures=budget.failures,
+        quarantined=budget.quarantined,
         predecessor=failure.cause,
         snapshot=snapshot,
         saved_s=held.saved_s + (snapshot.work_s if snapshot else 0.0),
     )
     return (yield from _append(held, record))
+
+
+def condense(head: Record, now: float) -> Generator[Op, Any, bool]:
+    """Append an end like `head`, without its state. Returns False when somebody has claimed since."""
+    record = replace_record(head, number=head.number + 1, snapshot=None, points_to=0, saved_at=now)
+    return (yield from create(record.number, encode_record(record)))
 
 
 def superseded(held: Held) -> Generator[Op, Any, bool]:
@@ -524,11 +572,13 @@ def _append(held: Held, record: Record) -> Generator[Op, Any, bool]:
     """Create the holder's next record, and take over what it says. Returns False when superseded."""
     again = held.unanswered is record
     held.unanswered = record  # until there is an answer: this procedure may be dropped at any op
-    if not (yield from _create(record.number, encode_record(record), again=again)):
+    if not (yield from create(record.number, encode_record(record), again=again)):
         return False
     held.unanswered = None
     held.last, held.durable, held.owner, held.token = record.number, record.snapshot, record.owner, record.token
     held.attempt, held.charged, held.failures, held.saved_s = record.attempt, record.charged, record.failures, record.saved_s
+    held.quarantined, held.begins = record.quarantined, record.begins
+    held.predecessor = record.predecessor if record.kind == "claim" else held.predecessor
     held.known[record.number] = _kind(record)
     return True
 
@@ -547,7 +597,7 @@ def _next_retry(owner: Owner) -> Owner:
     return Owner(**{**fields, "local_retry": owner.local_retry + 1})
 
 
-def _create(number: int, data: bytes, *, again: bool = False) -> Generator[Op, Any, bool]:
+def create(number: int, data: bytes, *, again: bool = False) -> Generator[Op, Any, bool]:
     """Create a record of ours; False when somebody else's has that number or a higher one.
 
     "Exists" may be our own write, answered twice. After an unclear reply nothing is created again before a listing shows

@@ -24,11 +24,16 @@ __all__ = [
     "Mark",
     "Outcome",
     "Owner",
+    "Place",
     "Record",
     "Snapshot",
+    "Spot",
     "decode_record",
     "encode_record",
     "left_last",
+    "open_envelope",
+    "positions",
+    "seal",
 ]
 
 FORMAT = 1
@@ -38,6 +43,22 @@ _PREFIX = b'{"faultguard":1,"sha256":"'
 _MIDDLE = b'","record":'
 _DIGEST_LENGTH = 64
 _BODY_START = len(_PREFIX) + _DIGEST_LENGTH + len(_MIDDLE)
+
+
+class Spot(msgspec.Struct, frozen=True, array_like=True):
+    """One loop of a place: its name, how many loops were opened before it in its scope, and its batches done."""
+
+    loop: str
+    before: int
+    done: int
+
+
+Place = tuple[Spot, ...]  # where a worker stands, outer to inner
+
+
+def positions(places: Iterable[Place]) -> tuple[tuple[int, ...], ...]:
+    """Places as users see them: without the names of the loops."""
+    return tuple(tuple(spot.done for spot in place) for place in places)
 
 
 class FailureRecord(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -55,6 +76,8 @@ class FailureRecord(msgspec.Struct, frozen=True, omit_defaults=True):
         position: batches done per loop, outer to inner.
         stacks: of a stall, the stack of every thread, at most 8192 characters, and as many again of those with C frames, where py-spy
             sees them. Only the newest failure keeps it.
+        place: `position` with the names of the loops.
+        pinned: whether it is known that the batch at `place` failed, and nothing around it.
     """
 
     cause: str
@@ -66,6 +89,8 @@ class FailureRecord(msgspec.Struct, frozen=True, omit_defaults=True):
     time: float = 0.0
     position: tuple[int, ...] = ()
     stacks: str = ""
+    place: Place = ()
+    pinned: bool = False
 
 
 class Owner(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -142,6 +167,12 @@ class Snapshot(msgspec.Struct, frozen=True):
         """Batches done in the innermost loop."""
         return self.position[-1] if self.position else 0
 
+    @property
+    def place(self) -> Place:
+        """`position` with the names of the loops."""
+        path = zip(left_last(self.loops), self.loops, strict=False)
+        return tuple(Spot(mark.name, len(scope) - 1, mark.done) for mark, scope in path)
+
 
 class Outcome(msgspec.Struct, frozen=True, omit_defaults=True):
     """How the work ended for good. `value` is the encoded return value; if not `recorded`, it has to be computed again."""
@@ -150,6 +181,7 @@ class Outcome(msgspec.Struct, frozen=True, omit_defaults=True):
     recorded: bool = False
     value: msgspec.Raw = msgspec.Raw(b"null")
     message: str = ""
+    arguments: dict[str, str] = {}  # in a named run: a digest of each plain one that the task was called with
 
 
 class Record(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
@@ -157,6 +189,7 @@ class Record(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
 
     `charged` and `failures` count the ends of this budget, this record's own `ended` included. `points_to` is, in a claim
     without a snapshot, the number of the record that holds the state to go on from; 0 says that there is none: fresh.
+    `begins` is, in a save that was waited for, the batch that began right after it: if nothing follows, that one killed the process.
     """
 
     kind: Literal["claim", "save", "end"]
@@ -176,6 +209,8 @@ class Record(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
     ended: Ended | None = None
     outcome: Outcome | None = None
     saved_s: float = 0.0  # seconds of work that resuming has saved so far
+    quarantined: tuple[Place, ...] = ()  # batches of this life that are passed over
+    begins: Place = ()
 
 
 _encoder = msgspec.json.Encoder()
@@ -184,20 +219,28 @@ _decoder = msgspec.json.Decoder(Record)
 
 def encode_record(record: Record) -> bytes:
     """Put a record into its envelope."""
-    body = _encoder.encode(record)
-    return b"".join((_PREFIX, hashlib.sha256(body).hexdigest().encode(), _MIDDLE, body, b"}"))
+    return seal(_encoder.encode(record))
 
 
 def decode_record(data: bytes, number: int) -> Record | None:
     """Take a record out of its envelope; None when it is damaged, of another format, or not record `number`."""
+    body = open_envelope(data)
+    try:
+        record = _decoder.decode(body) if body is not None else None
+    except (msgspec.DecodeError, msgspec.ValidationError):
+        return None
+    return record if record is not None and record.number == number else None
+
+
+def seal(body: bytes) -> bytes:
+    """The envelope around a record's JSON."""
+    return b"".join((_PREFIX, hashlib.sha256(body).hexdigest().encode(), _MIDDLE, body, b"}"))
+
+
+def open_envelope(data: bytes) -> bytes | None:
+    """The JSON in an envelope; None when it is damaged, or of another format."""
     body = data[_BODY_START:-1]
     digest = data[len(_PREFIX) : len(_PREFIX) + _DIGEST_LENGTH]
     if data[: len(_PREFIX)] != _PREFIX or data[_BODY_START - len(_MIDDLE) : _BODY_START] != _MIDDLE or data[-1:] != b"}":
         return None
-    if hashlib.sha256(body).hexdigest().encode() != digest:
-        return None
-    try:
-        record = _decoder.decode(body)
-    except (msgspec.DecodeError, msgspec.ValidationError):
-        return None
-    return record if record.number == number else None
+    return body if hashlib.sha256(body).hexdigest().encode() == digest else None

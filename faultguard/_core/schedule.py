@@ -15,13 +15,14 @@ from faultguard.errors import UsageError
 if TYPE_CHECKING:
     from faultguard._core.records import Snapshot
 
-__all__ = ["NOW", "Every", "Schedule", "check_every", "snapshot_to_flush"]
+__all__ = ["NOW", "Every", "Pinning", "Schedule", "check_every", "snapshot_to_flush"]
 
 Every = Literal["auto"] | int | timedelta
 COST_SHARE = 0.003  # for encoding, and again for writing; with claim, beats and bookkeeping together below one part in a hundred
 NOW = -math.inf
 SMOOTHING = 0.3  # of the newest measurement; one slow write must not silence the next hundred
 LATE_SHARE = 0.25  # of a user's interval: so long the newest snapshot waits for a boundary to bring a newer one
+PINNED_LAGS = 2  # a batch in which an attempt died lies within one, if neither it nor the store was slow
 MAX_AUTO_INTERVAL_S = 60.0  # however slow the store looks, at least one write a minute
 
 
@@ -101,6 +102,13 @@ class Schedule:
         self._write_cost = _smooth(self._write_cost, cost_s)
         self._last_write = now
 
+    @property
+    def lag(self) -> tuple[float, int]:
+        """How far a loop can be ahead of its last write, unless a batch or the store is slow: seconds of work, and batches."""
+        if self._every:
+            return 0.0, self._every
+        return (MAX_AUTO_INTERVAL_S if self._interval is None else (1 + LATE_SHARE) * self._interval), 0
+
     def _write_due(self, now: float) -> float:
         if self._every:
             if self._batches < self._every:
@@ -119,6 +127,33 @@ class Schedule:
 
     def _look(self) -> None:
         self.look_at = NOW if self._every else min(self._snapshot_at, self._next_interval())
+
+
+class Pinning:
+    """For how long every batch is recorded before it begins: until the loop is well past where the attempt before can have died.
+
+    Args:
+        lag: of the schedule: seconds of work, and batches.
+        now: seconds; only differences mean something.
+    """
+
+    __slots__ = ("_batches", "_seconds", "_since")
+
+    def __init__(self, lag: tuple[float, int], now: float) -> None:
+        self._seconds, self._batches = PINNED_LAGS * lag[0], PINNED_LAGS * lag[1]
+        self._since = now
+
+    def next(self, now: float) -> bool:
+        """A batch is about to begin: whether it is recorded before. The writing itself is no work: see `written`."""
+        due = self._seconds > 0 or self._batches > 0
+        self._seconds -= now - self._since
+        self._batches -= 1
+        self._since = now
+        return due
+
+    def written(self, now: float) -> None:
+        """The record is durable, and the batch begins."""
+        self._since = now
 
 
 def snapshot_to_flush(newest: Snapshot | None, durable: Snapshot | None) -> Snapshot | None:

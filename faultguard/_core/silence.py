@@ -15,11 +15,13 @@ __all__ = ["Held", "Look", "Mark", "Verdict", "judge"]
 
 
 class Held(msgspec.Struct, frozen=True):
-    """A worker that a process holds."""
+    """A worker that a process holds, in which run, and as which attempt."""
 
     task: str
     worker_id: str
     token: int
+    run: str = ""
+    attempt: int = 0
 
 
 class Mark(msgspec.Struct, frozen=True):

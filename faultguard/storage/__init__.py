@@ -15,9 +15,9 @@ from faultguard.errors import AmbiguousReplyError, CheckpointCorruptError, Check
 if TYPE_CHECKING:
     import builtins
 
-__all__ = ["Store", "open_store", "store_id"]
+__all__ = ["STORE_KEY", "Store", "open_store", "store_id"]
 
-_STORE_KEY: Final = "faultguard-store.json"
+STORE_KEY: Final = "faultguard-store.json"
 _FORMAT: Final = 1
 _CLOUD: Final = ("s3", "gs", "az")
 
@@ -99,19 +99,19 @@ def store_id(store: Store, *, create: bool = True) -> str:
         CheckpointStoreError: it cannot be read, has no id, or was written by a later version.
         CheckpointCorruptError: the id cannot be read.
     """
-    data = store.get(_STORE_KEY)
+    data = store.get(STORE_KEY)
     if data is None and create:
         data = _create_identity(store)
     if data is None:
         msg = (
-            f"store {store.url!r} has no {_STORE_KEY!r}: it is not the directory that the driver uses. A path must be shared by all "
+            f"store {store.url!r} has no {STORE_KEY!r}: it is not the directory that the driver uses. A path must be shared by all "
             f"nodes; if this one is not, use a shared path, an object store, or one node."
         )
         raise CheckpointStoreError(msg)
     try:
         identity = msgspec.json.decode(data, type=_Identity)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-        msg = f"{_STORE_KEY!r} in store {store.url!r} is damaged ({error}). If its checkpoints are not needed, remove the store."
+        msg = f"{STORE_KEY!r} in store {store.url!r} is damaged ({error}). If its checkpoints are not needed, remove the store."
         raise CheckpointCorruptError(msg) from error
     if identity.format != _FORMAT:
         msg = f"store {store.url!r} has format {identity.format}, this faultguard reads format {_FORMAT}. Use the version that wrote it."
@@ -122,10 +122,10 @@ def store_id(store: Store, *, create: bool = True) -> str:
 def _create_identity(store: Store) -> bytes | None:
     """Give the store an id, unless somebody else just did: whatever is there afterwards is the id."""
     try:
-        store.create(_STORE_KEY, msgspec.json.encode(_Identity(uuid.uuid4().hex, _FORMAT)))
+        store.create(STORE_KEY, msgspec.json.encode(_Identity(uuid.uuid4().hex, _FORMAT)))
     except AmbiguousReplyError:
-        data = store.get(_STORE_KEY)
+        data = store.get(STORE_KEY)
         if data is None:
             raise
         return data
-    return store.get(_STORE_KEY)
+    return store.get(STORE_KEY)

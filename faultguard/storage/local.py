@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Final
 
 from faultguard._core.names import check_key, check_prefix
 from faultguard.errors import AmbiguousReplyError, CheckpointStoreError, UsageError
+from faultguard.storage import STORE_KEY
 
 if TYPE_CHECKING:
     import builtins
@@ -103,6 +104,7 @@ class LocalStore:
         self._tmpfile = tmpfile
         self._unsafe = os.environ.get(UNSAFE_VARIABLE) == "1"
         self._settled: dict[str, _Witness] = {}
+        self._identity: bytes | None = None  # what says which store it is, once it was seen
 
     @classmethod
     def open(cls, root: str, *, create: bool) -> LocalStore:
@@ -314,9 +316,20 @@ class LocalStore:
             os.makedirs(directory, exist_ok=True)
 
     def _check_root(self) -> None:
-        """A store that is not there is not an empty one: a worker would start from zero, in another place."""
+        """A store that is not there is not an empty one: a worker would start from zero, in another place.
+
+        Nor is what is found in its place, such as the mount point of a disk that is gone.
+        """
         if not os.path.isdir(self._root):
             raise FileNotFoundError(errno.ENOENT, "the checkpoint directory is not there", self._root)
+        try:
+            found = Path(self._root, STORE_KEY).read_bytes()
+        except FileNotFoundError:
+            found = None
+        if self._identity is None:
+            self._identity = found
+        elif found != self._identity:
+            raise FileNotFoundError(errno.ENOENT, "another directory is in the place of the checkpoint directory", self._root)
 
     def _prune(self, directory: str) -> None:
         """Remove `directory` and its parents as far as they are empty, the root excepted."""

@@ -1,0 +1,109 @@
+"""Disks of a test: small ones, and what one node sees where the others see something else. Needs the right to mount, nothing else."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+MS_RDONLY, MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE = 1, 32, 4096, 16384, 1 << 18
+MNT_DETACH = 2
+CLONE_NEWNS, CLONE_FS = 0x20000, 0x200
+PAGE = 4096
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+class Disk:
+    """A tmpfs."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @contextlib.contextmanager
+    def read_only(self) -> Iterator[None]:
+        """Nobody can write, root neither."""
+        _mount("none", self.path, "tmpfs", MS_REMOUNT | MS_RDONLY)
+        try:
+            yield
+        finally:
+            _mount("none", self.path, "tmpfs", MS_REMOUNT)
+
+    @contextlib.contextmanager
+    def full(self) -> Iterator[None]:
+        """There is no room for a byte: somebody takes whatever there is, also what is deleted meanwhile."""
+        over = threading.Event()
+        ballast = self.path / "ballast"
+        eater = threading.Thread(target=_eat, args=(ballast, over))
+        eater.start()
+        try:
+            while os.statvfs(self.path).f_bavail:
+                time.sleep(0.01)
+            yield
+        finally:
+            over.set()
+            eater.join()
+            ballast.unlink()
+
+
+def _eat(ballast: Path, over: threading.Event) -> None:
+    with ballast.open("wb", buffering=0) as file:
+        while not over.is_set():
+            try:
+                file.write(bytes(PAGE))
+            except OSError:
+                over.wait(0.01)
+
+
+@contextlib.contextmanager
+def small_disk(path: Path, size: str = "256k") -> Iterator[Disk]:
+    """Mount a disk of that size at `path`, which is made; skips the test where that is not permitted."""
+    path.mkdir()
+    _permitted(lambda: _mount("none", path, "tmpfs", 0, f"size={size}"), "a small disk")
+    try:
+        yield Disk(path)
+    finally:
+        _call("umount2", os.fsencode(path), MNT_DETACH)
+
+
+@contextlib.contextmanager
+def where_it_is_another(place: Path, other: Path) -> Iterator[None]:
+    """What this thread starts in the block sees the directory `other` at `place`; everybody else, and itself afterwards, does not."""
+    home, here = Path.cwd(), os.open("/proc/thread-self/ns/mnt", os.O_RDONLY)
+    try:
+        _permitted(lambda: _call("unshare", CLONE_NEWNS), "a directory that is another one on the second node")
+        try:
+            _mount("none", "/", "", MS_REC | MS_PRIVATE)
+            _mount(other, place, "", MS_BIND)
+            yield
+        finally:
+            _call("unshare", CLONE_FS)  # threads that were started meanwhile share the working directory
+            _call("setns", here, CLONE_NEWNS)
+            os.chdir(home)
+    finally:
+        os.close(here)
+
+
+def _permitted(doing: Callable[[], None], what: str) -> None:
+    try:
+        doing()
+    except PermissionError as error:
+        pytest.skip(f"NOT TESTED: {what}, because mounting is not permitted here: {error}")
+
+
+def _mount(source: str | Path, target: str | Path, kind: str, flags: int, options: str = "") -> None:
+    _call("mount", os.fsencode(source), os.fsencode(target), kind.encode(), ctypes.c_ulong(flags), options.encode())
+
+
+def _call(name: str, *arguments: Any) -> None:
+    if getattr(_libc, name)(*arguments):
+        number = ctypes.get_errno()
+        raise OSError(number, f"{name}: {os.strerror(number)}")

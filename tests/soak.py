@@ -1,0 +1,677 @@
+"""A random mix of all faults over a cluster of three nodes, for as long as one likes: `make soak MINUTES=30 SEED=7`.
+
+A program of its own, because Ray reads its settings from the environment of each process, the driver's too. It ends by itself, with 1
+and a list if anything was wrong: a result, a failure that nobody caused, a process that was ended and should not have been, or
+something that is still there when all is over. The seed decides what happens in which order; what it hits depends on the time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import contextlib
+import ctypes
+import faulthandler
+import os
+import queue
+import random
+import re
+import shutil
+import signal
+import statistics
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import ray
+
+import faultguard
+from faultguard._core.names import record_number
+from faultguard._core.records import decode_record
+from tests.nodes import Nodes, alive, some_nodes
+from tests.soak_check import KILLED_BY_US, Fault, problems_of
+from tests.soak_tasks import DECORATED, KINDS, ORDERS, Job, Limits, PlannedError, decorated, start_server, undecorated
+from tests.tasks import end_manager, expected, manager_pid, open_files, our_threads, wait_until
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from faultguard._core.records import Record
+
+NODES = 2  # that work; the third is the head
+WAIT_S = 180  # for what must come; a machine with other work on it is slow
+CLOSING_S = 600  # for all to complete
+PAUSE_S = 2.0
+PR_SET_CHILD_SUBREAPER = 36
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much at once: workers, slots for them on each node, faults of workers, and batches of a worker."""
+
+    workers: int
+    cpus: int
+    injectors: int  # of faults of workers; those of nodes, and of what all share, have one each
+    batches: tuple[int, int]
+    limits: Limits
+
+
+LONG = Size(20, 12, 3, (100, 400), Limits(1.0, 6.0, 6.0))
+SHORT = Size(10, 6, 4, (60, 160), Limits(0.5, 3.0, 2.0))  # for less than a minute
+
+
+class Soak:
+    """The workers of one soak, what was done to them, and what was wrong."""
+
+    def __init__(self, nodes: Nodes, run: faultguard.Run, folder: str, seed: int, seconds: float, size: Size) -> None:
+        self.nodes = nodes
+        self.run = run
+        self.seconds = seconds
+        self.size = size
+        self.limits = size.limits
+        self.folder = folder
+        self.seed = seed
+        self.faults: list[Fault] = []
+        self.problems: list[str] = []
+        self.took: dict[str, list[float]] = collections.defaultdict(list)
+        self.workers: list[Any] = [nodes.add(size.cpus) for _ in range(NODES)]
+        self.removed: set[str] = set()
+        self.jobs: dict[str, Job] = {}
+        self.live: dict[Any, Job] = {}
+        self._wanted: queue.Queue[Future[Any]] = queue.Queue()
+        self._servers: dict[str, Any] = {}
+        self._busy: set[str] = set()
+        self._again: collections.Counter[str] = collections.Counter()
+        self._lock = threading.Lock()
+        self._rng = random.Random(f"{seed}/jobs")
+        self._began = time.monotonic()
+
+    # --- workers ---
+
+    def say(self, text: str) -> None:
+        """Print a line, with the time."""
+        print(f"{time.monotonic() - self._began:7.1f}  {text}", flush=True)
+
+    def wrong(self, text: str) -> None:
+        """That must not be."""
+        self.problems.append(text)
+        self.say(f"WRONG: {text}")
+
+    def submit_new(self) -> None:
+        """One more worker, of the kind whose turn it is."""
+        number = len(self.jobs)
+        kind = list(KINDS)[number % len(KINDS)]
+        size = self._rng.randrange(*self.size.batches, 10)
+        job = Job(f"w{number}", kind, size, self._rng.uniform(0.03, 0.1), self.folder, self.limits)
+        self.jobs[job.worker_id] = job
+        self.submit(job)
+
+    def submit(self, job: Job) -> None:
+        """Start a worker, or let it resume."""
+        if job.kind == "actor":
+            if job.worker_id not in self._servers:
+                self._servers[job.worker_id] = start_server()
+            ref = self._servers[job.worker_id].work.remote(job)
+        else:
+            ref = decorated.remote(job) if job.kind in DECORATED else undecorated.remote(job)
+        with self._lock:
+            self.live[ref] = job
+
+    def settle(self, ref: Any) -> bool:
+        """Take a result. Returns whether the worker is done."""
+        job = self.live[ref]
+        try:
+            value = ray.get(ref, timeout=WAIT_S)
+        except Exception as error:  # noqa: BLE001 - judged at once
+            again = self._is_expected(job, error)
+            with self._lock:
+                del self.live[ref]
+            if not again:
+                self.wrong(f"{job.worker_id} ({job.kind}) failed: {type(error).__name__}: {str(error)[-2000:]}")
+                return True
+            self.submit(job)
+            return False
+        if value != expected(job.size):
+            self.wrong(f"{job.worker_id} ({job.kind}) gave {str(value)[:200]}, not the result of {job.size} batches")
+        with self._lock:
+            del self.live[ref]
+        server = self._servers.pop(job.worker_id, None)
+        if server is not None:
+            ray.kill(server)
+        return True
+
+    def _is_expected(self, job: Job, error: Exception) -> bool:
+        """Whether the caller is to submit the worker again: it was cancelled, or it is an actor, whose failures are its caller's."""
+        self._again[job.worker_id] += 1
+        hits = sum(fault.worker == job.worker_id for fault in self.faults) + len(job.trace.notes("fault"))
+        if self._again[job.worker_id] > hits:
+            return False
+        cancelled = (ray.exceptions.TaskCancelledError, ray.exceptions.WorkerCrashedError)
+        if isinstance(error, cancelled) and any(f.worker == job.worker_id and "cancel" in f.kind for f in self.faults):
+            return True
+        return job.kind == "actor" and isinstance(error, (PlannedError, faultguard.StalledError, ray.exceptions.RayActorError))
+
+    def is_live(self, job: Job) -> bool:
+        """Whether it is not done."""
+        with self._lock:
+            return job in self.live.values()
+
+    def ref_of(self, job: Job) -> Any:
+        """Of its task; None when it is done."""
+        with self._lock:
+            return next((ref for ref, known in self.live.items() if known == job), None)
+
+    def is_known(self, job: Job) -> bool:
+        """Whether its process is marked on its node: one that is stopped in its first moments is missed by nobody."""
+        pid = self.newest(job).get("pid", 0)
+        return any((Path(self.nodes.directory) / "session_latest" / "faultguard").glob(f"{pid}-*.json"))
+
+    def newest(self, job: Job, what: str = "batch") -> dict[str, Any]:
+        """What a worker noted last."""
+        notes = job.trace.notes(what)
+        return notes[-1] if notes else {}
+
+    @contextlib.contextmanager
+    def target(self, rng: random.Random, suits: Callable[[Job], bool] = lambda _: True) -> Iterator[Job]:
+        """A worker that works, and that nobody else disturbs meanwhile; nodes, the manager and the store excepted."""
+
+        def choose() -> Job | None:
+            with self._lock:
+                jobs = [job for job in self.live.values() if job.worker_id not in self._busy and suits(job)]
+            rng.shuffle(jobs)
+            for job in jobs:
+                if time.time() - self.newest(job).get("time", 0.0) < 1.0:
+                    with self._lock:
+                        if job.worker_id not in self._busy:
+                            self._busy.add(job.worker_id)
+                            return job
+            return None
+
+        job = wait_until(choose, WAIT_S)
+        try:
+            yield job
+        finally:
+            with self._lock:
+                self._busy.discard(job.worker_id)
+
+    def hit(self, kind: str, job: Job, note: dict[str, Any]) -> None:
+        """Note that something happens to the process of a worker, before it does."""
+        self.faults.append(Fault(kind, job.worker_id, note["attempt"], note["pid"]))
+
+    def wait_replaced(self, kind: str, job: Job, attempt: int) -> None:
+        """Until a later attempt works, or the worker is done."""
+        began = time.monotonic()
+        wait_until(lambda: self.newest(job).get("attempt", 0) > attempt or not self.is_live(job), WAIT_S)
+        self.took[kind].append(time.monotonic() - began)
+
+    def wait_goes_on(self, kind: str, job: Job, note: dict[str, Any]) -> None:
+        """Until it has gone on for some batches, in whatever attempt."""
+        began = time.monotonic()
+        wait_until(lambda: self.newest(job).get("batch", 0) > note["batch"] + 2 or not self.is_live(job), WAIT_S)
+        self.took[kind].append(time.monotonic() - began)
+
+    # --- nodes ---
+
+    def add_node(self) -> None:
+        """Start one more node; Ray does that on the main thread only."""
+        wanted: Future[Any] = Future()
+        self._wanted.put(wanted)
+        node = wanted.result(WAIT_S)
+        self.workers.append(node)
+
+    def start_wanted_nodes(self) -> None:
+        """On the main thread."""
+        with contextlib.suppress(queue.Empty):
+            while True:
+                wanted = self._wanted.get_nowait()
+                try:
+                    wanted.set_result(self.nodes.add(self.size.cpus))
+                except Exception as error:  # noqa: BLE001 - raised where it was asked for
+                    wanted.set_exception(error)
+
+    # --- logs ---
+
+    def log_of(self, job: Job) -> list[Record]:
+        """Its records, oldest first."""
+        paths = (Path(self.run.checkpoint_dir) / self.run.name).glob(f"*/{job.worker_id}/*.json")
+        numbered = sorted((number, path) for path in paths if (number := record_number(path.name)) is not None)
+        found = [decode_record(path.read_bytes(), number) for number, path in numbered]
+        return [record for record in found if record is not None]
+
+    def killed_by_us(self) -> list[tuple[str, int]]:
+        """Worker and attempt of every process that the manager says it has ended."""
+        said = re.compile(r"'[^'/]+/(w\d+)' attempt (\d+) (?:was stopped by a signal|stood still for longer than its stall_timeout)")
+        logs = (Path(self.nodes.directory) / "session_latest" / "logs").glob("worker-*.err")
+        return sorted({(worker, int(attempt)) for log in logs for worker, attempt in said.findall(log.read_text(errors="replace"))})
+
+
+# --- faults of one worker -------------------------------------------------------------------------------------------
+
+
+def order(soak: Soak, rng: random.Random, kind: str) -> None:
+    """Let a worker do something to itself."""
+    suits: Callable[[Job], bool] = lambda job: job.timed or not kind.startswith("hang")  # noqa: E731 - short
+    while True:
+        with soak.target(rng, suits) as job:
+            attempt = soak.newest(job)["attempt"]
+            new = job.order.with_suffix(".new")
+            new.write_text(kind, "utf-8")
+            new.rename(job.order)
+            wait_until(lambda job=job: not job.order.exists() or not soak.is_live(job), WAIT_S)
+            if job.order.exists():  # it was done before
+                job.order.unlink()
+                continue
+            note = wait_until(lambda job=job: soak.newest(job, "fault"), WAIT_S)
+            attempt = max(attempt, note["attempt"])
+            soak.say(f"{kind}: {job.worker_id} ({job.kind}) attempt {attempt} batch {note['batch']}")
+            if kind == "burn":
+                soak.wait_goes_on(kind, job, note)
+            else:
+                soak.wait_replaced(kind, job, attempt)
+            return
+
+
+def send(soak: Soak, rng: random.Random, kind: str) -> None:
+    """Send a signal that ends a worker, sooner or later."""
+    with soak.target(rng, lambda job: kind != "SIGSTOP" or soak.is_known(job)) as job:
+        note = soak.newest(job)
+        soak.hit(kind, job, note)
+        soak.say(f"{kind}: {job.worker_id} ({job.kind}) attempt {note['attempt']} pid {note['pid']}")
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(note["pid"], getattr(signal, kind))
+        soak.wait_replaced(kind, job, note["attempt"])
+
+
+def freeze_for_a_moment(soak: Soak, rng: random.Random, kind: str) -> None:
+    """Stop a worker, and let it go on before anybody may mind."""
+    with soak.target(rng) as job:
+        note = soak.newest(job)
+        soak.say(f"{kind}: {job.worker_id} ({job.kind}) attempt {note['attempt']} pid {note['pid']}")
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(note["pid"], signal.SIGSTOP)
+            time.sleep(0.6 * soak.limits.heartbeat_timeout)
+            os.kill(note["pid"], signal.SIGCONT)
+        soak.wait_goes_on(kind, job, note)
+
+
+def cancel(soak: Soak, rng: random.Random, kind: str) -> None:
+    """Cancel a worker, which is then submitted again."""
+    suits: Callable[[Job], bool] = lambda job: job.kind in DECORATED or (kind == "faultguard.cancel" and job.kind == "block")  # noqa: E731
+    with soak.target(rng, suits) as job:
+        note, ref = soak.newest(job), soak.ref_of(job)
+        force = rng.random() < 0.5
+        soak.faults.append(Fault(kind, job.worker_id, note["attempt"]))
+        soak.say(f"{kind}: {job.worker_id} ({job.kind}) attempt {note['attempt']}")
+        if kind == "ray.cancel":
+            if ref is not None:
+                ray.cancel(ref, force=force)
+        else:
+            wait_until(lambda: told_to_cancel(job), WAIT_S)
+        soak.wait_replaced(kind, job, note["attempt"])
+
+
+def told_to_cancel(job: Job) -> bool:
+    """Try it; the manager may be away just now."""
+    try:
+        faultguard.cancel(job.worker_id)
+    except faultguard.ManagerUnavailableError:
+        return False
+    return True
+
+
+# --- faults of nodes ------------------------------------------------------------------------------------------------
+
+
+def workers_on(soak: Soak, node: Any, kinds: frozenset[str] = frozenset(KINDS)) -> list[Job]:
+    """Whose newest attempt is there."""
+    with soak._lock:
+        jobs = [job for job in soak.live.values() if job.kind in kinds]
+    return [job for job in jobs if soak.newest(job, "begin").get("node") == node.node_id]
+
+
+def take_away(soak: Soak, node: Any, kind: str) -> None:
+    """From now on whatever ends there has this reason."""
+    soak.faults += [Fault(kind, node=node.node_id) for _ in soak.jobs]
+    soak.removed.add(node.node_id)
+    soak.workers.remove(node)
+    soak.say(f"{kind}: {node.node_id[:8]} with {', '.join(job.worker_id for job in workers_on(soak, node))}")
+
+
+def wait_left(soak: Soak, node: Any, kind: str, kinds: frozenset[str] = frozenset(KINDS)) -> None:
+    """Until nobody's newest attempt is on the node."""
+    began = time.monotonic()
+    wait_until(lambda: not workers_on(soak, node, kinds), WAIT_S)
+    soak.took[kind].append(time.monotonic() - began)
+
+
+def replace_lost(soak: Soak) -> None:
+    """A node that Ray has given up by itself, on a machine that is too busy, is replaced like any other."""
+    for node in [node for node in soak.workers if node.node_id not in alive()]:
+        take_away(soak, node, "node given up")
+        soak.nodes.remove(node)
+    while len(soak.workers) < NODES:
+        soak.add_node()
+
+
+def kill_node(soak: Soak, rng: random.Random, kind: str) -> None:
+    """Kill a node with everything on it, and start another one."""
+    replace_lost(soak)
+    node = rng.choice(soak.workers)
+    take_away(soak, node, kind)
+    soak.nodes.remove(node)
+    soak.add_node()
+    wait_left(soak, node, kind)
+
+
+def freeze_node(soak: Soak, rng: random.Random, kind: str) -> None:
+    """Freeze a node with everything on it until its workers have successors; they thaw beside them."""
+    replace_lost(soak)
+    node = rng.choice(soak.workers)
+    take_away(soak, node, kind)
+    raylet = node.all_processes["raylet"][0].process
+    pids = children(raylet.pid)
+    with soak.nodes.frozen(node, *pids):
+        soak.add_node()
+        wait_left(soak, node, kind)
+        wait_until(lambda: node.node_id not in alive(), WAIT_S)
+    began = time.monotonic()
+    wait_until(lambda: raylet.poll() is not None, WAIT_S)  # it learns that it was given up; others see it only when it is reaped
+    wait_until(lambda: not any(runs(pid) for pid in pids), WAIT_S)
+    soak.took["its zombies, thawed"].append(time.monotonic() - began)
+    soak.nodes.remove(node)
+
+
+def drain_node(soak: Soak, rng: random.Random, kind: str) -> None:
+    """Say that a node will be taken away, and do it when whoever can has left."""
+    replace_lost(soak)
+    node = rng.choice(soak.workers)
+    take_away(soak, node, kind)
+    soak.nodes.drain(node, 600)
+    soak.add_node()
+    wait_left(soak, node, kind, DECORATED)
+    soak.nodes.remove(node)
+    wait_left(soak, node, "drained, then killed")
+
+
+def children(pid: int) -> list[int]:
+    """The processes that a process has started."""
+    found: list[int] = []
+    for path in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(OSError):
+            found += map(int, path.read_text("ascii").split())
+    return found
+
+
+def runs(pid: int) -> bool:
+    """Whether there is such a process that has not ended."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+# --- faults of what all share ---------------------------------------------------------------------------------------
+
+
+def kill_manager(soak: Soak, rng: random.Random, kind: str) -> None:
+    """It comes back when somebody asks for it."""
+    began = time.monotonic()
+    soak.say(f"{kind}: pid {end_manager()}")
+    manager_pid()
+    soak.took[kind].append(time.monotonic() - began)
+
+
+def freeze_manager(soak: Soak, rng: random.Random, kind: str) -> None:
+    """It hears nothing for three times the timeout, and must not take that for silence."""
+    pid = manager_pid()
+    soak.say(f"{kind}: pid {pid}")
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        time.sleep(3 * soak.limits.heartbeat_timeout)
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    began = time.monotonic()
+    manager_pid()
+    soak.took[kind].append(time.monotonic() - began)
+
+
+def sicken_store(soak: Soak, rng: random.Random, kind: str) -> None:
+    """Let the disk be slow, or full, for a while."""
+    sickness = next(iter(soak.jobs.values())).sickness
+    seconds = soak.limits.heartbeat_timeout * rng.uniform(0.5, 2)
+    soak.say(f"{kind}: for {seconds:.1f} s")
+    new = sickness.with_suffix(".new")
+    new.write_text(kind.rpartition(" ")[2], "utf-8")
+    new.rename(sickness)
+    time.sleep(seconds)
+    sickness.unlink()
+
+
+OF_WORKERS: dict[str, Any] = {
+    **dict.fromkeys(ORDERS, order),
+    **dict.fromkeys(("SIGKILL", "SIGTERM", "SIGSTOP"), send),
+    "SIGSTOP and SIGCONT": freeze_for_a_moment,
+    "faultguard.cancel": cancel,
+    "ray.cancel": cancel,
+}
+OF_NODES: dict[str, Any] = {"node killed": kill_node, "node frozen": freeze_node, "node drained": drain_node}
+OF_ALL: dict[str, Any] = {
+    "manager killed": kill_manager,
+    "manager frozen": freeze_manager,
+    "store slow": sicken_store,
+    "store full": sicken_store,
+}
+# A driver that is killed and started again, with a named run, is another table of this kind, once there are named runs.
+
+
+class Deck:
+    """Faults in an order that the seed decides, each as often as the others. May be used by several threads."""
+
+    def __init__(self, faults: dict[str, Any], seed: str) -> None:
+        self.faults = faults
+        self.rounds = -1
+        self._rng = random.Random(seed)
+        self._left: list[str] = []
+        self._lock = threading.Lock()
+
+    def draw(self) -> tuple[str, Any]:
+        """The next one."""
+        with self._lock:
+            if not self._left:
+                self._left = sorted(self.faults)
+                self._rng.shuffle(self._left)
+                self.rounds += 1
+            kind = self._left.pop()
+            return kind, self.faults[kind]
+
+    @property
+    def is_through(self) -> bool:
+        """Whether each was drawn once."""
+        with self._lock:
+            return self.rounds > 0 or (self.rounds == 0 and not self._left)
+
+
+def inject(soak: Soak, deck: Deck, number: int, until: float) -> None:
+    """Draw faults until the time is over and each was drawn; on a thread."""
+    rng = random.Random(f"{soak.seed}/{number}/{len(deck.faults)}")
+    while time.monotonic() < until or not deck.is_through:
+        kind, fate = deck.draw()
+        try:
+            fate(soak, rng, kind)
+        except Exception:  # noqa: BLE001 - listed; the others go on
+            soak.wrong(f"{kind}: {traceback.format_exc()}")
+        time.sleep(rng.uniform(0, PAUSE_S))
+
+
+# --- the whole ------------------------------------------------------------------------------------------------------
+
+
+def soak_it(soak: Soak) -> None:
+    """Submit, disturb, and collect until the time is over; then let all complete."""
+    began = time.monotonic()
+    for _ in range(soak.size.workers):
+        soak.submit_new()
+    decks = [Deck(faults, f"{soak.seed}/{index}") for index, faults in enumerate((OF_WORKERS, OF_NODES, OF_ALL))]
+    decks += [decks[0]] * (soak.size.injectors - 1)
+    threads = [
+        threading.Thread(target=inject, args=(soak, deck, number, began + soak.seconds), daemon=True) for number, deck in enumerate(decks)
+    ]
+    for thread in threads:
+        thread.start()
+    closing = None
+    while soak.live:
+        ready, _ = ray.wait(list(soak.live), num_returns=1, timeout=0.2)
+        soak.start_wanted_nodes()
+        injecting = any(thread.is_alive() for thread in threads)
+        for ref in ready:
+            if soak.settle(ref) and injecting:
+                soak.submit_new()
+        if not injecting:
+            closing = closing or time.monotonic()
+            if time.monotonic() > closing + CLOSING_S:
+                break
+    for job in soak.live.values():
+        soak.wrong(f"{job.worker_id} ({job.kind}) does not end; its last note {soak.newest(job)}")
+    soak.say(f"{len(soak.jobs)} workers; now the checks")
+
+
+def check(soak: Soak) -> None:
+    """Compare what happened with what was done."""
+    unfinished = {job.worker_id for job in soak.live.values()}
+    for job in soak.jobs.values():
+        if job.worker_id not in unfinished:
+            for problem in problems_of(job.worker_id, job.kind, job.trace.notes(), soak.log_of(job), soak.faults):
+                soak.wrong(f"{problem} ({job.kind})")
+    asked = {(f.worker, f.attempt) for f in soak.faults if f.kind in KILLED_BY_US}
+    asked |= {(job.worker_id, n["attempt"]) for job in soak.jobs.values() for n in job.trace.notes("fault") if n["kind"] in KILLED_BY_US}
+    for worker, attempt in soak.killed_by_us():
+        if (worker, attempt) not in asked:
+            soak.wrong(f"{worker} attempt {attempt} was ended by the manager, and nobody had stopped it")
+    threads: set[str] = set()
+
+    def tidy() -> bool:
+        nonlocal threads
+        threads = left_in_processes(soak)
+        return not threads
+
+    try:
+        wait_until(tidy, WAIT_S)
+    except AssertionError:
+        soak.wrong(f"left in idle worker processes: {sorted(threads)}")
+
+
+@ray.remote(num_cpus=1)
+def look_around(directory: str) -> list[str]:
+    """What of ours is in this process while it does nothing for us."""
+    time.sleep(1)  # so that each process gets one of these
+    return [*our_threads(), *(path for path in open_files().values() if path.startswith(directory))]
+
+
+def left_in_processes(soak: Soak) -> set[str]:
+    """Threads and open files in the processes of all nodes."""
+    refs = [look_around.remote(soak.run.checkpoint_dir) for _ in range(soak.size.cpus * len(soak.workers))]
+    return {found for one in ray.get(refs, timeout=WAIT_S) for found in one}
+
+
+def check_run_is_over(soak: Soak) -> None:
+    """After the end of the run: no actor, no checkpoint."""
+    actors: Any = ray._private.state.actors
+    try:
+        wait_until(lambda: all(actor["State"] == "DEAD" for actor in actors().values()), WAIT_S)
+    except AssertionError:
+        soak.wrong(f"actors that are left: {[actor for actor in actors().values() if actor['State'] != 'DEAD']}")
+    if not soak.live:
+        left = [str(path) for path in (Path(soak.run.checkpoint_dir) / soak.run.name).rglob("*")]
+        if left:
+            soak.wrong(f"checkpoints that are left: {left[:20]}")
+
+
+def report(soak: Soak) -> None:
+    """How often what was done, and how long it took until the work went on."""
+    print(f"\n{'fault':<24}{'times':>6}{'median s':>10}{'longest s':>11}")
+    for kind, seconds in sorted(soak.took.items()):
+        print(f"{kind:<24}{len(seconds):>6}{statistics.median(seconds):>10.1f}{max(seconds):>11.1f}")
+    given_up = sum(fault.kind == "node given up" for fault in soak.faults)
+    if given_up:
+        print("Ray gave up nodes by itself: the machine is too busy for its settings")
+
+
+def main() -> int:
+    """Run a soak, and say what was wrong."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--minutes", type=float, default=1.0)
+    parser.add_argument("--seed", type=int, default=None)
+    options = parser.parse_args()
+    wanted = {**faultguard.recommended_ray_env(), "RAY_USAGE_STATS_ENABLED": "0"}
+    seed = options.seed if options.seed is not None else random.SystemRandom().randrange(10**6)
+    if any(os.environ.get(key) != value for key, value in wanted.items()):
+        command = [sys.executable, "-m", "tests.soak", "--minutes", str(options.minutes), "--seed", str(seed)]
+        os.execve(sys.executable, command, {**os.environ, **wanted})  # noqa: S606 - no shell is wanted
+    print(f"seed {seed}; replay with: make soak MINUTES={options.minutes:g} SEED={seed}", flush=True)
+    seconds = options.minutes * 60
+    faulthandler.dump_traceback_later(seconds + CLOSING_S + 5 * WAIT_S, exit=True)
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)  # whoever loses its parent becomes our child, and is seen at the end
+    with tempfile.TemporaryDirectory(prefix="faultguard-soak-", dir="/var/tmp") as folder:
+        problems = run_soak(Path(folder), seed, seconds)
+    problems += leaked()
+    print("\nWRONG:" if problems else "\nnothing was wrong", *problems, sep="\n* ", flush=True)
+    return 1 if problems else 0
+
+
+def run_soak(folder: Path, seed: int, seconds: float) -> list[str]:
+    """One soak on a cluster of its own."""
+    (folder / "traces").mkdir()
+    size = SHORT if seconds < 60 else LONG
+    with some_nodes() as nodes:
+        run = faultguard.init(
+            checkpoint_dir=folder / "checkpoints",
+            heartbeat_interval=size.limits.interval,
+            heartbeat_timeout=size.limits.heartbeat_timeout,
+        )
+        soak = Soak(nodes, run, str(folder / "traces"), seed, seconds, size)
+        soak_it(soak)
+        check(soak)
+        faultguard.shutdown()
+        check_run_is_over(soak)
+        if soak.problems:
+            keep(soak)
+        report(soak)
+    return soak.problems
+
+
+def keep(soak: Soak) -> None:
+    """Put traces, checkpoints and logs where they outlive this."""
+    target = Path(f"/var/tmp/faultguard-soak-{soak.seed}-kept")
+    shutil.rmtree(target, ignore_errors=True)
+    shutil.copytree(Path(soak.folder).parent, target / "soak")
+    shutil.copytree(Path(soak.nodes.directory) / "session_latest" / "logs", target / "logs")
+    print(f"kept in {target}")
+
+
+def leaked() -> list[str]:
+    """Processes that are still there when the cluster is gone."""
+    left: list[int] = []
+
+    def none_left() -> bool:
+        left[:] = [pid for pid in children(os.getpid()) if runs(pid)]
+        return not left
+
+    try:
+        wait_until(none_left, WAIT_S)
+    except AssertionError:
+        names = [f"{pid} {Path(f'/proc/{pid}/cmdline').read_text(errors='replace')[:100]!r}" for pid in left if runs(pid)]
+        for pid in left:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        return [f"processes that are left: {names}"]
+    return []
+
+
+if __name__ == "__main__":
+    sys.exit(main())

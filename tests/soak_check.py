@@ -1,0 +1,135 @@
+"""What a soak must have left: for every end of an attempt a fault that explains it, in the log, in the trace, and nowhere more."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+
+    from faultguard._core.records import Record
+
+ENDS = {
+    "exception": {"exception"},
+    "exit": {"crash"},
+    "hang in Python": {"stall"},
+    "hang in C": {"stall"},
+    "hang with the GIL": {"crash"},
+    "burn": set(),
+    "SIGKILL": {"crash"},
+    "SIGTERM": {"terminated"},
+    "SIGSTOP": {"crash"},
+    "SIGSTOP and SIGCONT": set(),
+    "faultguard.cancel": {"cancelled"},
+    "ray.cancel": {"cancelled"},
+    "node killed": {"crash"},
+    "node frozen": {"crash"},
+    "node drained": {"drained", "crash"},  # who does not leave in time dies with it; only a worker without progress is charged
+    "node given up": {"crash"},  # by Ray itself, on a machine that is too busy
+}
+"""How each fault may end the attempt that it meets."""
+
+KILLED_BY_US = frozenset({"SIGSTOP", "hang with the GIL"})
+UNDECORATED = frozenset({"block", "actor"})  # their exceptions are their callers' business
+EXCUSED = frozenset({"terminated", "drained"})
+NO_PROGRESS = 3  # an attempt that began no more batches may have saved nothing
+
+
+@dataclass
+class Fault:
+    """One that took place: it meets a worker's attempt, a process, or a node."""
+
+    kind: str
+    worker: str = ""
+    attempt: int = 0
+    pid: int = 0
+    node: str = ""
+
+    def meets(self, claim: Record) -> bool:
+        """Whether it was there that it took place."""
+        owner = claim.owner
+        if self.node:
+            return owner.node_id == self.node
+        if self.pid and self.pid == owner.pid:
+            return True
+        return self.worker == claim.worker_id and self.attempt == claim.attempt
+
+
+def problems_of(worker: str, kind: str, notes: Sequence[dict[str, Any]], log: Sequence[Record], faults: Sequence[Fault]) -> Iterator[str]:
+    """Everything that is wrong with one worker that has completed.
+
+    Args:
+        worker: its id.
+        kind: of it.
+        notes: its trace.
+        log: its records, oldest first.
+        faults: all of the soak.
+    """
+    claims = [record for record in log if record.kind == "claim"]
+    ordered = [Fault(note["kind"], worker, note["attempt"]) for note in notes if note["what"] == "fault"]
+    yield from _unexplained(worker, kind, claims, notes, [*faults, *ordered])
+    yield from _misses(worker, notes)
+    yield from _behind(worker, notes)
+    end = log[-1]
+    if end.kind != "end" or end.outcome is None or end.outcome.status != "completed":
+        yield f"{worker}: its log ends with a {end.kind}, not with an outcome"
+    if [record.kind for record in log].count("end") != 1:
+        yield f"{worker}: more than one outcome"
+    if end.charged != len(end.failures):
+        yield f"{worker}: {end.charged} charged, {len(end.failures)} failures in its history"
+
+
+def _unexplained(
+    worker: str, kind: str, claims: Sequence[Record], notes: Sequence[dict[str, Any]], faults: Iterable[Fault]
+) -> Iterator[str]:
+    """Ends of attempts that nobody caused, and those that were charged and should not have been, or the other way round."""
+    left = list(faults)
+    for claim, after in itertools.pairwise(claims):
+        if claim.owner.writer == after.owner.writer and claim.attempt == after.attempt:
+            continue  # tried twice: nothing ran under the first one
+        cause = after.predecessor
+        where = f"{worker} attempt {claim.attempt} (pid {claim.owner.pid})"
+        found = next((fault for fault in left if fault.meets(claim) and cause in ENDS[fault.kind]), None)
+        if found is None:
+            there = [fault.kind for fault in left if fault.meets(claim)]
+            yield f"{where} ended by {cause!r}, which nobody caused; what took place there: {there}"
+        else:
+            left.remove(found)
+        begun = sum(note["what"] == "batch" and note["attempt"] == claim.attempt for note in notes)
+        charged = after.charged - claim.charged
+        if charged not in {0, 1} or (charged and (cause == "cancelled" or (cause in EXCUSED and begun > NO_PROGRESS))):
+            yield f"{where} ended by {cause!r} after {begun} batches: {charged} charged"
+        if not charged and cause in ({"crash"} if kind in UNDECORATED else {"crash", "exception", "stall"}):
+            yield f"{where} ended by {cause!r}, not charged"
+
+
+def _misses(worker: str, notes: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """Faults after which the attempt that they should have ended went on."""
+    ended: set[int] = set()
+    for note in notes:
+        if note["what"] == "fault" and ENDS[note["kind"]]:
+            ended.add(note["attempt"])
+        elif note["what"] == "batch" and note["attempt"] in ended:
+            yield f"{worker} attempt {note['attempt']} went on at batch {note['batch']} after its end"
+            return
+
+
+def _behind(worker: str, notes: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """Attempts that began before what an earlier one was told is durable: it was lost, or a zombie was told so.
+
+    Whenever it was told: a zombie may thaw, and note, after its successor has begun.
+    """
+    begins: dict[int, int] = {}
+    told: dict[int, int] = {}
+    for note in notes:
+        if note["what"] == "batch":
+            begins.setdefault(note["attempt"], note["batch"])
+        durable = note["batch"] if note["what"] == "ack" else note.get("durable", 0)
+        if durable:
+            told[note["attempt"]] = max(told.get(note["attempt"], 0), durable)
+    for attempt, begin in begins.items():
+        durable = max((batch for earlier, batch in told.items() if earlier < attempt), default=0)
+        if begin < durable:
+            yield f"{worker} attempt {attempt} began at {begin}; {durable} were durable"

@@ -1,0 +1,139 @@
+"""The soak, for a moment: every fault at least once. And its checks, which must see what they are there for."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from faultguard._core.records import FailureRecord, Outcome, Owner, Record
+from tests.soak import OF_ALL, OF_NODES, OF_WORKERS, Deck
+from tests.soak_check import ENDS, Fault, problems_of
+
+REPOSITORY = Path(__file__).parents[1]
+NODE = "ab"
+TIMEOUT_S = 280
+
+
+def record(number: int, kind: str, attempt: int, **fields: Any) -> Record:
+    """One of a worker whose every attempt has a process of its own."""
+    owner = Owner(f"writer {attempt}", pid=100 + attempt, node_id=NODE)
+    base = {"task": "soak", "worker_id": "w1", "owner": owner, "saved_at": 0.0, "life": 1, "token": number}
+    return Record(**{"kind": kind, "number": number, "attempt": attempt, **base, **fields})
+
+
+def log(cause: str = "crash", *, charged: int = 1) -> list[Record]:
+    """Of a worker whose first attempt ended so; the second one completed."""
+    failures = (FailureRecord(cause, 1, 2),) * charged
+    return [
+        record(1, "claim", 1),
+        record(2, "save", 1),
+        record(3, "claim", 2, predecessor=cause, charged=charged, failures=failures),
+        record(4, "end", 2, charged=charged, failures=failures, outcome=Outcome("completed")),
+    ]
+
+
+def notes(*begins: int, durable: int = 0) -> list[dict[str, Any]]:
+    """Five batches of each attempt, from where it began; the first was told that so many were durable."""
+    return [
+        {"what": "batch", "attempt": attempt, "batch": batch, "durable": durable if attempt == 1 else 0}
+        for attempt, begin in enumerate(begins, start=1)
+        for batch in range(begin, begin + 5)
+    ]
+
+
+def problems(trace: list[dict[str, Any]], records: list[Record], *faults: Fault, kind: str = "each") -> list[str]:
+    """What is found."""
+    return list(problems_of("w1", kind, trace, records, faults))
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [Fault("SIGKILL", "w1", 1, 101), Fault("SIGKILL", "w7", 3, 101), Fault("node killed", node=NODE)],
+    ids=["worker", "process", "node"],
+)
+def test_an_end_that_was_caused_is_none(fault: Fault) -> None:
+    """It met the attempt, the process that it ran in, or the node."""
+    assert problems(notes(0, 3, durable=3), log(), fault) == []
+
+
+@pytest.mark.parametrize(
+    ("fault", "cause", "charged", "said"),
+    [
+        (None, "crash", 1, "nobody caused"),
+        (Fault("SIGKILL", "w1", 2, 102), "crash", 1, "nobody caused"),
+        (Fault("SIGSTOP and SIGCONT", "w1", 1, 101), "crash", 1, "nobody caused"),
+        (Fault("SIGTERM", "w1", 1, 101), "crash", 1, "nobody caused"),
+        (Fault("SIGTERM", "w1", 1, 101), "terminated", 1, "1 charged"),
+        (Fault("ray.cancel", "w1", 1), "cancelled", 1, "1 charged"),
+        (Fault("SIGKILL", "w1", 1, 101), "crash", 0, "not charged"),
+        (Fault("SIGKILL", "w1", 1, 101), "crash", 2, "2 charged"),
+    ],
+)
+def test_what_is_charged_must_be_right(fault: Fault | None, cause: str, charged: int, said: str) -> None:
+    """Nothing that nobody caused, nothing that is excused, nothing twice; and what was caused is."""
+    found = problems(notes(0, 3), log(cause, charged=charged), *([fault] if fault else []))
+    assert len(found) == 1
+    assert said in found[0]
+
+
+def test_a_fault_explains_one_end() -> None:
+    """A process dies once."""
+    killed = Fault("SIGKILL", "w1", 1, 101)
+    again = record(5, "claim", 3, predecessor="crash", charged=2)
+    records = [
+        *log()[:3],
+        again,
+        record(6, "end", 3, charged=2, failures=(FailureRecord("crash", 1, 2),) * 2, outcome=Outcome("completed")),
+    ]
+    assert len(problems(notes(0, 3, 3), records, killed)) == 1
+    assert problems(notes(0, 3, 3), records, killed, Fault("SIGKILL", "w1", 2, 102)) == []
+
+
+def test_what_was_durable_is_not_behind() -> None:
+    """Also where it was told after the successor had begun: that is a zombie whose save was accepted."""
+    killed = Fault("SIGKILL", "w1", 1, 101)
+    assert "began at 3; 4 were durable" in problems(notes(0, 3, durable=4), log(), killed)[0]
+    thawed = [*notes(0, 3), {"what": "ack", "attempt": 1, "batch": 7}]
+    assert "began at 3; 7 were durable" in problems(thawed, log(), killed)[0]
+
+
+def test_what_should_have_ended_must_not_go_on() -> None:
+    """An attempt that was told to die has no further batch."""
+    trace = notes(0, 3)
+    trace.insert(2, {"what": "fault", "attempt": 1, "batch": 1, "kind": "exit"})
+    assert "went on at batch 2" in problems(trace, log())[0]
+
+
+def test_there_is_one_outcome() -> None:
+    """At the end of the log, and nowhere else."""
+    killed = Fault("SIGKILL", "w1", 1, 101)
+    assert len(problems(notes(0, 3), log()[:3], killed)) == 2
+    twice = [*log(), record(5, "end", 2, charged=1, failures=(FailureRecord("crash", 1, 2),), outcome=Outcome("completed"))]
+    assert problems(notes(0, 3), twice, killed) == ["w1: more than one outcome"]
+
+
+def test_a_deck_is_its_seed() -> None:
+    """The same faults in the same order, each as often as the others."""
+    kinds = {**OF_WORKERS, **OF_NODES}
+    drawn = [[deck.draw()[0] for _ in range(2 * len(kinds))] for deck in (Deck(kinds, "7"), Deck(kinds, "7"), Deck(kinds, "8"))]
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert sorted(drawn[0]) == sorted([*kinds] * 2)
+    assert set(ENDS) >= kinds.keys()
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(TIMEOUT_S + 20)
+def test_a_short_soak() -> None:
+    """Everything happens at least once, and nothing is wrong."""
+    command = [sys.executable, "-m", "tests.soak", "--minutes", "0.1"]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+    print(done.stdout)
+    assert done.returncode == 0, done.stderr[-2000:]
+    happened = {line[:24].strip() for line in done.stdout.splitlines()}
+    assert happened >= {*OF_WORKERS, *OF_NODES} | {kind for kind in OF_ALL if kind.startswith("manager")}
+    assert "nothing was wrong" in done.stdout
