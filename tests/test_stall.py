@@ -561,6 +561,7 @@ def test_actors_that_hang_in_c(run: faultguard.Run, trace: Trace, concurrency: i
 @pytest.mark.ray
 def test_a_driver_that_hangs_in_c(run: faultguard.Run) -> None:
     """Its process is not ended: `StalledError` waits until it comes back to Python."""
+    faultguard.manager()  # or the beater may still be making it when the cluster goes
     read, write = os.pipe()
     timer = threading.Timer(3, os.write, (write, b"!"))
     timer.start()
