@@ -280,7 +280,7 @@ class OpenWorker:
         """What is kept of an exception that came out of the body."""
         text = _text(error)
         message = f"{type(error).__name__}({text!r})" if text else type(error).__name__
-        pinned = self.handle.thrown_out and _is_of_the_batch(error)
+        pinned = _is_of_the_batch(error) and self.handle.is_to_blame(error)
         if isinstance(error, StalledError):
             return failure_of(self.handle, self._identity, "stall", message, self.guard.stacks, pinned=pinned)
         return failure_of(self.handle, self._identity, cause, message, pinned=pinned)
@@ -294,10 +294,10 @@ class OpenWorker:
             _events.emit(logging.ERROR, "faultguard.leave_failed", text, **self.handle.fields())
         self.close("cancelled" if ended.cause == "cancelled" else "recovered")
 
-    def give_up(self, ended: Ended, failure: FailureRecord | None) -> None:
+    def give_up(self, ended: Ended, failure: FailureRecord | None, *, patient: bool = False) -> None:
         """Flush the newest snapshot with a note; and say what that quarantines."""
         before = self.journal.held.quarantined
-        self.journal.leave(ended, failure)
+        self.journal.leave(ended, failure, patient=patient)
         _say_quarantined(self.handle, self.journal.held, before)
 
     def close(self, status: str) -> None:
@@ -775,7 +775,7 @@ class _Task:
 
     def _leave_to_ray(self, failure: FailureRecord, why: str) -> NoReturn:
         """No further attempt in this process: let Ray start another one, and bring the arguments as first passed."""
-        self._open.give_up(Ended("exception", charged=True), failure)
+        self._open.give_up(Ended("exception", charged=True), failure, patient=True)
         self._open.close("recovered")
         _say_leaves(self._open.handle, failure, why)
         leave_process()
@@ -890,7 +890,7 @@ def cause_of_leaving(error: BaseException) -> str:
 def _say_resumed(handle: Checkpoint, held: rules.Held, max_failures: int, wait_s: float = 0.0, *, beside: bool = False) -> None:
     """One line per failure and resume, ids first: Ray folds lines that are alike."""
     failure = held.failures[-1]
-    of = "" if not 0 <= held.attempt - 1 <= max_failures else f" of {max_failures + 1}"  # some failures were given back
+    of = "" if max_failures < 0 else f" of {held.attempt + max_failures - held.charged}"
     where = _place(handle.position, handle.restored_total)
     ago = max(time.time() - failure.time, 0.0)
     there = "there" if failure.position == handle.position else f"at {_place(failure.position)}"

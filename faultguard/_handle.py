@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dis
 import itertools
 import sys
 import time
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 
-from faultguard import _codec
+from faultguard import _blame, _codec
 from faultguard._core.budget import batch_of, must_pin
 from faultguard._core.cursors import Cursors, Loop, input_changed
 from faultguard._core.names import MAX_RECORD_NUMBER
@@ -25,7 +24,6 @@ from faultguard.errors import UsageError
 
 if TYPE_CHECKING:
     from datetime import timedelta
-    from types import FrameType
 
     from faultguard._journal import Journal
     from faultguard._tracking import Tracked
@@ -36,7 +34,6 @@ __all__ = ["Checkpoint"]
 T = TypeVar("T")
 SLOW_SKIP_S = 10.0
 TOKENS_PER_EPOCH = MAX_RECORD_NUMBER + 1
-LETS_GO = {dis.opmap[name] for name in ("POP_TOP", "POP_ITER") if name in dis.opmap}  # of the iterator of a loop: `break`, `return`
 
 
 class Checkpoint:
@@ -137,10 +134,10 @@ class Checkpoint:
         """`position` with the names of the loops, for the records."""
         return self._cursors.place
 
-    @property
-    def thrown_out(self) -> bool:
+    def is_to_blame(self, error: BaseException) -> bool:
         """Whether an exception came out of the batch at `place`, which could be passed over."""
-        return self._cursors.thrown_out
+        loop = self._cursors.suspect
+        return loop is not None and (not isinstance(loop.left_at, _blame.Instruction) or _blame.came_from(error, loop.left_at))
 
     @property
     def held_up(self) -> bool:
@@ -225,14 +222,15 @@ class Checkpoint:
                     if look:
                         self._boundary()
         except BaseException as error:
-            self._leave(loop, raised=not isinstance(error, GeneratorExit) or _unwinds(sys._getframe().f_back))  # noqa: SLF001
+            self._leave(loop, _blame.running(sys._getframe().f_back) if isinstance(error, GeneratorExit) else None)  # noqa: SLF001
             raise
         self._finish(loop)
 
-    def _leave(self, loop: Loop, *, raised: bool) -> None:
-        self._cursors.leave(loop, raised=raised)
+    def _leave(self, loop: Loop, at: _blame.Instruction | None) -> None:
+        """A loop is left, by its user at an instruction of theirs; None: by an exception from here."""
+        self._cursors.leave(loop, at)
         self.guard.leave()
-        if self._pinning is not None and self._journal is not None and not raised:
+        if self._pinning is not None and self._journal is not None:
             self._journal.unpin()
 
     def _finish(self, loop: Loop) -> None:
@@ -397,6 +395,7 @@ class Checkpoint:
         if loop.name == HAND_WRITTEN and self._by_hand is None:
             self._by_hand = loop
             self.guard.enter()
+            self.guard.loop_begins()
         if wait:
             self._schedule.boundary(time.monotonic(), n)
             self._write_now(wait=True)
@@ -701,11 +700,6 @@ class _Seen(str):
 def _fingerprint(loop: Loop) -> str:
     """Of `loop.current`."""
     return str(loop.current) if isinstance(loop.current, _Seen) else _codec.fingerprint(loop.current)
-
-
-def _unwinds(frame: FrameType | None) -> bool:
-    """Whether the frame that lets go of a loop does so because of an exception, which cannot be seen from inside of the loop."""
-    return frame is not None and frame.f_code.co_code[frame.f_lasti] not in LETS_GO
 
 
 def _iter(items: Iterable[Any]) -> Iterator[Any]:

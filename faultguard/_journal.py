@@ -216,14 +216,19 @@ class Journal:
         self._insist(lambda: self._last(self.log.run(rules.retry_record(self.held, snapshot, failure, time.time()))))
         self.raise_if_superseded()
 
-    def leave(self, ended: Ended, failure: FailureRecord | None = None) -> None:
-        """Note in the log, with the newest snapshot, that the attempt leaves, and why."""
-        with self._lock:
-            if self._closed:  # cut between its last record and its end: there is nothing left to say
-                return
-            snapshot = snapshot_to_flush(self._newest, self.held.durable)
-            self._last(self._save(snapshot, ended=ended, failure=failure))
-        self.raise_if_superseded()
+    def leave(self, ended: Ended, failure: FailureRecord | None = None, *, patient: bool = False) -> None:
+        """Note in the log, with the newest snapshot, that the attempt leaves, and why. `patient`: its successor is to find the note."""
+
+        def note() -> None:
+            if not self._closed:  # else it was cut between its last record and its end: there is nothing left to say
+                self._last(self._save(self.newest, ended=ended, failure=failure))
+                self.raise_if_superseded()
+
+        if patient:
+            self._insist(note)
+        else:
+            with self._lock:
+                note()
 
     def end(self, outcome: Outcome, snapshot: Snapshot | None, failure: FailureRecord | None = None) -> None:
         """Record the outcome, with the state that belongs to it."""

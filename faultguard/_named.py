@@ -198,7 +198,9 @@ class NamedRun:
         survived = sum(len(record.failures) for record in ends)
         saved_s = sum(record.saved_s for record in ends) + sum(record.snapshot.work_s for record in before if record.snapshot is not None)
         saved = f" Saved {duration(saved_s)} of work." if saved_s >= 1 else ""
-        return f"{len(ends)} completed ({len(before)} from the record), {survived} failures survived.{saved}"
+        aside = sum(len(record.quarantined) for record in ends)
+        quarantined = f", {aside} quarantined" if aside else ""
+        return f"{len(ends)} completed ({len(before)} from the record), {survived} failures survived{quarantined}.{saved}"
 
     def _lose(self, head: runs.RunRecord) -> None:
         """On the thread of the lease: another driver has the run."""

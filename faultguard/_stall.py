@@ -110,6 +110,10 @@ class StallGuard:
         self.resume()
         self._changed()
 
+    def loop_begins(self) -> None:
+        """A loop is timed from here on."""
+        self._changed()
+
     def loop_over(self) -> None:
         """A loop is over; after the outermost one nothing is timed."""
         if self._standing() is None:

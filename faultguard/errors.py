@@ -222,8 +222,9 @@ def max_failures_exceeded(
     poison_batch: int | None = None,
 ) -> MaxFailuresExceeded:
     """Build the error that ends a worker, combined with the class of `last_exception` where that is possible."""
+    refilled = " without progress or quarantine" if len(failures) > max_failures + 1 else ""
     first = (
-        f"worker {worker!r} failed {len(failures)} times, max_failures={max_failures} allows {max_failures + 1} attempts. "
+        f"worker {worker!r} failed {len(failures)} times, max_failures={max_failures} allows {max_failures + 1} attempts{refilled}. "
         f"Raise max_failures, or mend the cause; starting it again resumes at the last checkpoint."
     )
     lines = [first]

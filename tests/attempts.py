@@ -116,7 +116,7 @@ class Attempt:
         self.ckpt.close()
         self.journal.close()
 
-    def fail(self) -> None:
+    def fail(self, error: BaseException | None = None) -> None:
         """The body has raised: failure, newest snapshot and the next claim in one record."""
         ckpt = self.ckpt
         self.journal.retry(
@@ -126,7 +126,7 @@ class Attempt:
                 ckpt.current_batch,
                 position=ckpt.position,
                 place=ckpt.place,
-                pinned=ckpt.thrown_out,
+                pinned=error is not None and ckpt.is_to_blame(error),
             )
         )
         self.die()

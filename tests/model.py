@@ -20,8 +20,18 @@ from typing import TYPE_CHECKING, Any, Protocol
 import msgspec
 
 from faultguard._core import log as true_rules
-from faultguard._core.budget import exhausted, is_charged
-from faultguard._core.records import Ended, FailureRecord, Mark, Outcome, Owner, Record, Snapshot, decode_record
+from faultguard._core.budget import (
+    PLAIN,
+    POISON_FAILURES,
+    Policy,
+    batch_of,
+    charge,
+    exhausted,
+    is_charged,
+    is_later,
+    must_pin,
+)
+from faultguard._core.records import Ended, FailureRecord, Mark, Outcome, Owner, Place, Record, Snapshot, Spot, decode_record
 from faultguard._core.schedule import snapshot_to_flush
 from faultguard.errors import AmbiguousReplyError, CheckpointCorruptError, CheckpointStoreError
 
@@ -32,6 +42,8 @@ CREATE_FAULTS = ("lost", "dropped", "late", "retried", "error")
 OLD_LISTINGS = ("old", "old without deletions", "old with all deletions")
 CAUSES = ("terminated", "left", "exception", "cancelled")  # of leaving
 MAX_INCARNATIONS = 8
+POLICIES = (PLAIN, PLAIN, Policy(reset_on_progress=True), Policy(skip_poison=True), Policy(reset_on_progress=True, skip_poison=True))
+PINNED = 2  # batches, after which it is no longer recorded what begins
 
 
 class Violation(AssertionError):  # noqa: N818 - it is what a test looks for
@@ -92,10 +104,13 @@ class Ledger:
     """Everything that was promised, and every promise checked against the others."""
 
     max_failures: int
+    policy: Policy = PLAIN
     grants: list[Grant] = field(default_factory=list)
     promises: list[Promise] = field(default_factory=list)
     completed: dict[int, bytes] = field(default_factory=dict)  # per life: the value that was recorded
     failed_ends: list[tuple[int, int]] = field(default_factory=list)  # (life, landed): each refills the budget of what follows
+    refills: list[tuple[int, int]] = field(default_factory=list)  # (life, landed) of records that gave something back
+    begun: dict[tuple[int, int], int] = field(default_factory=dict)  # (life, attempt): the last batch that it has begun
     excused: list[tuple[int, int, int]] = field(default_factory=list)  # (life, landed, token) of uncharged ends
     heads: list[tuple[int, str]] = field(default_factory=list)  # (landed, task) of every record that was the newest
 
@@ -125,6 +140,37 @@ class Ledger:
         if self.completed.setdefault(life, value) != value:
             raise Violation(f"G4: life {life} was completed with {self.completed[life]!r} and with {value!r}")
 
+    def follows(self, new: Record, old: Record, moment: int) -> None:
+        """A record is the newest now: it carries what is quarantined, and gives back only what the policy allows (G5)."""
+        if new.life != old.life:
+            if new.quarantined:
+                raise Violation(f"life {new.life} begins with {new.quarantined} in quarantine")
+            return
+        if new.quarantined[: len(old.quarantined)] != old.quarantined:
+            raise Violation(f"record {new.number} forgets that {old.quarantined} are in quarantine")
+        if new.failures == old.failures or old.kind == "end":
+            return
+        newest, before = new.failures[-1], new.failures[:-1]
+        self._check_culprit(new, newest)
+        at_it = [failure for failure in new.failures if failure.pinned and batch_of(failure.place) == batch_of(newest.place)]
+        aside = len(new.quarantined) - len(old.quarantined)
+        if aside and (aside, new.quarantined[-1]) != (1, newest.place):
+            raise Violation(f"record {new.number} quarantines {new.quarantined}, and {newest.place} failed")
+        if aside and (not self.policy.skip_poison or len(at_it) < POISON_FAILURES):
+            raise Violation(f"record {new.number} quarantines {newest.place} after {len(at_it)} failures")
+        if new.charged == old.charged + 1:
+            return
+        progressed = self.policy.reset_on_progress and all(is_later(newest.place, failure.place) for failure in before)
+        if not aside and not (progressed and new.charged == 1):
+            raise Violation(f"G5: record {new.number} charges {new.charged} after {old.charged}, and nothing was given back")
+        self.refills.append((new.life, moment))
+
+    def _check_culprit(self, new: Record, failure: FailureRecord) -> None:
+        """What is said to have failed was not followed by another batch."""
+        last = self.begun.get((new.life, failure.attempt), -1)
+        if failure.pinned and (not failure.place or last > failure.place[-1].done):
+            raise Violation(f"record {new.number} blames {failure.place}, and attempt {failure.attempt} was at batch {last}")
+
     def _in_turn(self, first: Grant, second: Grant) -> bool:
         """Whether both are of one task, and none of another task came between."""
         between = {task for moment, task in self.heads if first.landed <= moment <= second.landed}
@@ -137,7 +183,8 @@ class Ledger:
             raise Violation(f"G1: claim {grant.number} resumes at {grant.resume}, save {promise.number} at {promise.batch} was durable")
 
     def _check_budget(self, new: Grant) -> None:
-        since = max((landed for life, landed in self.failed_ends if life == new.life and landed < new.landed), default=-1)
+        fresh = [*self.failed_ends, *self.refills]
+        since = max((landed for life, landed in fresh if life == new.life and landed <= new.landed), default=-1)
         begun = sum(old.life == new.life and since < old.landed <= new.landed for old in self.grants)
         tokens = {old.number for old in self.grants}
         excused = sum(life == new.life and since < landed < new.landed and token in tokens for life, landed, token in self.excused)
@@ -173,6 +220,9 @@ class Incarnation:
         self.newest: Snapshot | None = None
         self.a = self.b = self.done = self.resumed_at = 0
         self.cause = "exception"
+        self.in_batch = False  # where it failed
+        self.pinning = 0  # batches that are still recorded before they begin
+        self.pinned = -1  # the last one that was
         self.gone = 0
         self.job: Generator[Any, Any, None] | None = None
         self.op: Any = None
@@ -202,25 +252,46 @@ class Incarnation:
         if not self.can_work:
             return
         if self.a == self.b:
+            if self.pinning and self.pinned != self.done:
+                self._pin()
+                return
             self.a += 1
+            self.world.ledger.begun[self.held.life, self.held.attempt] = self.done
+            return
+        if self.done == self.world.poison:
+            self.leave("exception") if self.held.attempt % 4 == 3 else self.die() if self.held.attempt % 4 == 2 else self.fail()
             return
         self.b += 1
         self.done += 1
+        self._pass_over()
         if self.done % self.world.every == 0 or self.done == self.world.batches:
             self.newest = self._snapshot()
         if self.done >= self.world.batches:
             self.phase = "ending"
         self.go_on()
 
+    def _pin(self) -> None:
+        """Before a batch begins: record that, and wait for it; at last, that nobody says so any more."""
+        if self.job is None:
+            self.newest = self._snapshot()
+            self._start(self._save(self.newest, self._place() if self.pinning > 1 else ()))
+
+    def _pass_over(self) -> None:
+        aside = {batch_of(place) for place in self.held.quarantined}
+        while batch_of(self._place()) in aside:
+            self.a, self.b, self.done = self.a + 1, self.b + 1, self.done + 1
+
     def fail(self) -> None:
         """The user's code raises, perhaps in the middle of a batch; or the store did, when the outcome was to be recorded."""
         if self.phase == "running" or (self.phase == "ending" and self.job is None):
+            self.in_batch = self.a != self.b
             self.phase = "failing"
             self.go_on()
 
     def leave(self, cause: str) -> None:
         """SIGTERM, drain, or an exception that wants a fresh process."""
         if self.phase == "running":
+            self.in_batch = self.a != self.b and cause == "exception"
             self.phase, self.cause = "leaving", cause
             self.go_on()
 
@@ -261,7 +332,8 @@ class Incarnation:
 
     def _claim(self) -> Generator[Any, Any, None]:
         world = self.world
-        me = world.rules.Claimant(self.owner, "task", "w", world.ledger.max_failures, named_run=world.named, gone=self.gone)
+        limit, policy = world.ledger.max_failures, world.ledger.policy
+        me = world.rules.Claimant(self.owner, "task", "w", limit, named_run=world.named, gone=self.gone, policy=policy)
         answer = yield from world.rules.claim(me, world.clock)
         kind = type(answer).__name__
         if kind == "Granted":
@@ -292,12 +364,15 @@ class Incarnation:
             yield from rules.give_back(head, self.world.clock, Ended("cancelled", charged=False))
         self._end("gives its claim back")
 
-    def _save(self, snapshot: Snapshot) -> Generator[Any, Any, None]:
+    def _save(self, snapshot: Snapshot, begins: Place | None = None) -> Generator[Any, Any, None]:
         """With what goes beside it: deletes that were found earlier, or at once; and those of an attempt that hears of its successor."""
         world = self.world
-        saved = yield from world.rules.save(self.held, snapshot, world.clock)
+        done = self.done
+        saved = yield from world.rules.save(self.held, snapshot, world.clock, begins=begins or ())
         if saved:
             world.promised(self, self.held.last)
+            if begins is not None:
+                self.pinned, self.pinning = done, self.pinning - 1
         yield from world.rules.discard(self.held, self.superfluous)
         self.superfluous = yield from world.rules.retention(self.held, world.keep)
         if self.held.last % 2 or not saved:
@@ -312,8 +387,8 @@ class Incarnation:
     def _fail(self) -> Generator[Any, Any, None]:
         """What the wrapper does with an exception: the next attempt in this process, or the end."""
         world = self.world
-        failure = FailureRecord("exception", self.held.attempt, self.done)
-        if exhausted(self.held.charged + 1, world.ledger.max_failures):
+        failure = self._failure("exception")
+        if exhausted(charge(self.held.budget, failure, self.held.policy).charged, world.ledger.max_failures):
             outcome, ended = Outcome("failed"), Ended("exception", charged=True)
             saved = yield from world.rules.save(self.held, self._flush(), world.clock, ended=ended, failure=failure, outcome=outcome)
             self._end("has failed for good") if saved else self._superseded()
@@ -328,7 +403,7 @@ class Incarnation:
     def _leave(self) -> Generator[Any, Any, None]:
         world = self.world
         charged = is_charged(self.cause, progressed=self.held.durable is not None and self.held.durable.batch > self.resumed_at)
-        failure = FailureRecord(self.cause, self.held.attempt, self.done) if charged else None
+        failure = self._failure(self.cause) if charged else None
         if (yield from world.rules.save(self.held, self._flush(), world.clock, ended=Ended(self.cause, charged), failure=failure)):
             world.promised(self, self.held.last)
             self._end(f"leaves: {self.cause}")
@@ -354,9 +429,18 @@ class Incarnation:
         state = msgspec.Raw(msgspec.json.encode({"a": self.a, "b": self.b}))
         return Snapshot(state=state, loops=((Mark("batches", self.done),),), work_s=float(self.done))
 
+    def _place(self) -> Place:
+        return (Spot("batches", 0, self.done),)
+
+    def _failure(self, cause: str) -> FailureRecord:
+        return FailureRecord(cause, self.held.attempt, self.done, place=self._place(), pinned=self.in_batch)
+
     def _begin(self, snapshot: Snapshot | None) -> None:
         self.resumed_at = self.done = self.a = self.b = check_whole(snapshot)
         self.newest = None
+        self._pass_over()
+        self.pinned = -1
+        self.pinning = PINNED + 1 if self.held.policy.skip_poison and must_pin(self.held.predecessor, self.held.failures) else 0
         self.phase = "running" if self.done < self.world.batches else "ending"
 
     def _superseded(self) -> None:
@@ -413,6 +497,8 @@ class World:
         batches: per life.
         every: batches between snapshots.
         wait: whether the user's code waits for each save.
+        policy: what is counted otherwise.
+        poison: a batch that always fails.
     """
 
     def __init__(
@@ -426,11 +512,14 @@ class World:
         every: int = 1,
         named: bool = False,
         wait: bool = False,
+        policy: Policy = PLAIN,
+        poison: int = -1,
     ) -> None:
         self.rules = rules
         self.backend = backend
         self.batches, self.keep, self.every, self.named, self.wait = batches, keep, every, named, wait
-        self.ledger = Ledger(max_failures)
+        self.poison = poison
+        self.ledger = Ledger(max_failures, policy)
         self.records: dict[int, bytes] = {}
         self.events: list[tuple[str, int]] = []  # every create and delete that took place, in order
         self.landed: list[Landing] = []
@@ -439,6 +528,7 @@ class World:
         self.clock = 0.0
         self.story: list[str] = []
         self._decoded: dict[bytes, Record] = {}
+        self._head: Any = None
         self._truth = (0, 1, 0)
         self._tasks: dict[str, int] = {}  # task id -> its Ray attempts so far
         self._epoch = 1
@@ -562,6 +652,9 @@ class World:
         check_whole(record.snapshot)
         if number <= newest:  # in a gap: nobody goes by it
             return
+        if newest:
+            self.ledger.follows(record, self._head, now)
+        self._head = record
         self.ledger.heads.append((now, _task(record.owner)))
         if record.life in self.ledger.completed:
             raise Violation(f"G4: record {number} comes after the outcome of life {record.life}")
@@ -660,6 +753,8 @@ def random_world(seed: int, rules: Any = true_rules, backend: Backend | None = N
         "every": rng.choice((1, 1, 2)),
         "named": rng.random() < 0.3,
         "wait": rng.random() < 0.5,
+        "policy": rng.choice(POLICIES),
+        "poison": rng.choice((-1, -1, 0, 1, 2)),
     }
     lived = world(rules, backend, **options)
     try:
@@ -791,6 +886,31 @@ VARIANTS = {
         "faultguard._core.budget",
         'if head.kind == "end" and head.outcome is not None and head.outcome.status == "failed":',
         "if head.ended is None:",
+    ),
+    "budget reset without progress": Variant(
+        "faultguard._core.budget",
+        "progressed = policy.reset_on_progress and all(is_later(failure.place, before.place) for before in budget.failures)",
+        "progressed = policy.reset_on_progress",
+    ),
+    "quarantine forgotten by a claim": Variant(
+        "faultguard._core.budget",
+        "return Budget(head.charged, head.failures, head.quarantined)",
+        "return Budget(head.charged, head.failures)",
+    ),
+    "every crash blamed on the batch of its last record": Variant(
+        "faultguard._core.log",
+        "pinned=bool(head.begins),",
+        "pinned=True,",
+    ),
+    "two failures are enough": Variant(
+        "faultguard._core.budget",
+        "return pinned + others if pinned >= POISON_FAILURES else 0",
+        "return pinned + others if pinned > 1 else 0",
+    ),
+    "pin not taken back": Variant(
+        "tests.model",
+        "self._start(self._save(self.newest, self._place() if self.pinning > 1 else ()))",
+        "self._start(self._save(self.newest, self._place())) if self.pinning > 1 else self.__dict__.update(pinning=0)",
     ),
     "flush of a half-updated state": Variant(
         "tests.model",

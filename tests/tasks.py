@@ -56,7 +56,8 @@ class Trace:
         """The notes so far, in order."""
         if not Path(self.path).exists():
             return []
-        notes = [json.loads(line) for line in Path(self.path).read_text("utf-8").splitlines()]
+        text = Path(self.path).read_text("utf-8")
+        notes = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]  # the last one may be just being written
         return [n for n in notes if what in {None, n["what"]} and worker in {None, n["worker"]}]
 
     def begins(self, worker: str) -> list[int]:

@@ -16,7 +16,7 @@ from typing import IO, TYPE_CHECKING
 import pytest
 
 from faultguard import _journal, _sidecar
-from faultguard._core.records import Ended, FailureRecord, Outcome
+from faultguard._core.records import Ended, FailureRecord, Outcome, Spot
 from faultguard.errors import AmbiguousReplyError, CheckpointStoreError, SupersededError
 from faultguard.storage import Store, open_store
 from tests.attempts import Attempt, Worker, write_inline
@@ -228,9 +228,12 @@ def test_an_unanswered_save_is_no_successor(store: Store) -> None:
         attempt.ckpt.check()
 
 
-@pytest.mark.parametrize("kind", ["retry", "end", "wait", "check"])
+@pytest.mark.parametrize(
+    ("kind", "last"),
+    [("retry", ["claim"]), ("end", ["end"]), ("leave", ["save"]), ("pin", ["save"]), ("wait", ["save"]), ("check", [])],
+)
 def test_a_record_that_the_worker_needs_is_insisted_on(
-    store: Store, kind: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    store: Store, kind: str, last: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A store that fails for a moment, just when an attempt ends or waits for it, does not cost the work of hours; it is told once."""
     monkeypatch.setattr(_journal, "STORE_RETRY_S", 0.0)
@@ -239,15 +242,15 @@ def test_a_record_that_the_worker_needs_is_insisted_on(
     attempt = worker.attempt()
     advance(attempt, 2)
     flaky.errors = 5
-    if kind == "end":
-        attempt.complete()
-    elif kind == "retry":
-        attempt.fail()
-    elif kind == "check":
-        attempt.ckpt.check()
-    else:
-        attempt.ckpt.save(wait=True)
-    last = {"end": ["end"], "retry": ["claim"], "wait": ["save"], "check": []}[kind]
+    writes: dict[str, Callable[[], object]] = {
+        "retry": attempt.fail,
+        "end": attempt.complete,
+        "leave": lambda: attempt.journal.leave(Ended("exception", charged=True), FailureRecord("exception", 1, 2), patient=True),
+        "pin": lambda: attempt.journal.pin(attempt.ckpt._snapshot()[0], (Spot("batches", 0, 2),)),
+        "wait": lambda: attempt.ckpt.save(wait=True),
+        "check": attempt.ckpt.check,
+    }
+    writes[kind]()
     assert [record.kind for record in worker.records()] == ["claim", "save", "save", *last]
     assert batch_of(worker) == 2
     assert [record.event for record in caplog.records] == ["faultguard.store_failed"]  # type: ignore[attr-defined] # a field

@@ -27,7 +27,7 @@ LAYERS = [  # each may import those above it, and its own; `_session`, `_events`
     {"errors"},
     {"policy", "_stops", "_failover", "_native"},
     {"_core"},
-    {"storage", "_codec"},
+    {"storage", "_codec", "_blame"},
     {"_log", "_sidecar", "_journal", "_tracking", "_settings", "_watch", "_stall", "_handle", "_marks", "_probe", "_prober"},
     {"_views", "_registry", "_manager", "_beater", "_watcher", "_lease"},
     {"_attempt", "_run", "_named", "_get"},

@@ -19,6 +19,7 @@ from tests.model import (
     CREATE_FAULTS,
     MAX_INCARNATIONS,
     OLD_LISTINGS,
+    POLICIES,
     RARE,
     VARIANTS,
     Incarnation,
@@ -89,15 +90,17 @@ class LogMachine(RuleBasedStateMachine):
         every=st.integers(1, 2),
         named=st.booleans(),
         wait=st.booleans(),
+        policy=st.sampled_from(POLICIES),
+        poison=st.integers(-1, 2),
     )
-    def begin(self, *, batches: int, keep: int, failures: int, every: int, named: bool, wait: bool) -> None:
+    def begin(self, *, failures: int, **options: Any) -> None:
         """A new worker, and its first incarnation."""
-        self.world = self.new_world(batches=batches, keep=keep, max_failures=failures, every=every, named=named, wait=wait)
+        self.world = self.new_world(max_failures=failures, **options)
         self.world.start()
 
-    def new_world(self, **options: int) -> World:
+    def new_world(self, **options: Any) -> World:
         """A world over the model of a store."""
-        return World(**options)  # type: ignore[arg-type]
+        return World(**options)
 
     def one(self, index: int) -> Incarnation:
         """One of the living, or the last one that was."""
@@ -146,10 +149,10 @@ class LocalMachine(LogMachine):
 
     root = ""
 
-    def new_world(self, **options: int) -> World:
+    def new_world(self, **options: Any) -> World:
         """A world over a new directory."""
         self.root = tempfile.mkdtemp(prefix="fg-log-")
-        return World(backend=LocalBackend(self.root), **options)  # type: ignore[arg-type]
+        return World(backend=LocalBackend(self.root), **options)
 
     def teardown(self) -> None:
         """As above, and clean up."""
@@ -187,8 +190,8 @@ def test_hypothesis_catches_broken_rules(name: str) -> None:
     rules, world = broken(VARIANTS[name])
 
     class BrokenMachine(LogMachine):
-        def new_world(self, **options: int) -> World:
-            return world(rules, **options)  # type: ignore[arg-type]
+        def new_world(self, **options: Any) -> World:
+            return world(rules, **options)
 
     with pytest.raises(AssertionError, match=r"^G\d|retention left"):
         run_machine(BrokenMachine, 2000, derandomize=True, phases=[Phase.generate])

@@ -313,7 +313,7 @@ STORIES: dict[str, tuple[Callable[[World], None], str, str]] = {
     "only one save left": (only_one_save_left, "keep by number", "retention left"),
     "claim after an end of a newer driver": (after_end_of_newer_driver, "older driver admitted after an end", "G3: .* older driver"),
     "late thaw": (late_thaw, "order of claims by arrival", "G3: claim .* was granted over"),
-    "crash after crash": (crash_after_crash, "budget reset by a crash", "G5: 4 attempts began"),
+    "crash after crash": (crash_after_crash, "budget reset by a crash", "G5: record 3 charges 1 after 1"),
     "exception in half a batch": (exception_in_half_a_batch, "flush of a half-updated state", "G9: half-updated state"),
     "lost claim in an old listing": (lost_claim_in_an_old_listing, "old listing taken for damage", "finds a damaged log"),
     "claim cut short": (claim_cut_short, "own late claim waited for", "kept out by a record of its own"),

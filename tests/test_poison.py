@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
@@ -16,13 +17,14 @@ from faultguard import _attempt, _ray
 from faultguard._core.budget import MAX_QUARANTINED, batch_of
 from faultguard._settings import Settings
 from faultguard.storage import open_store, store_id
-from tests.tasks import NOWAIT, Trace, assert_whole, die, records
+from tests.tasks import NOWAIT, Trace, assert_whole, die, hang, records
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
     from faultguard._core.records import Record
+    from tests.conftest import StartRun
 
 pytestmark = pytest.mark.ray
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # type: ignore[no-untyped-call] # workers cannot import a test
@@ -96,6 +98,17 @@ def test_poison_is_skipped_and_the_rest_is_exact(
     assert f"{len(end.failures)} failures survived, {len(poison)} quarantined, 0 not completed." in capfd.readouterr().err
 
 
+def test_a_named_run_knows_what_was_skipped(start_run: StartRun, trace: Trace, capfd: pytest.CaptureFixture[str]) -> None:
+    """Its last line counts it; started again, the outcome is that of the record, in which it stands."""
+    start_run(run="nightly")
+    assert ray.get(picky.remote("w", trace, {2: "exception"}), timeout=WAIT_S) == result({2})
+    faultguard.shutdown()
+    assert "closed: 1 completed (0 from the record), 3 failures survived, 1 quarantined." in capfd.readouterr().err
+    start_run(run="nightly", resume="always")
+    assert ray.get(picky.remote("w", trace, {2: "exception"}), timeout=WAIT_S) == result({2})
+    assert (attempts_at(trace, 2), attempts_at(trace, 3)) == (3, 1)
+
+
 @faultguard.recoverable(max_failures=3, on_poison="skip", backoff=NOWAIT, stall_timeout=0.3)
 @ray.remote(num_cpus=0.5)
 def stalls(worker_id: str, trace: Trace, poison: dict[int, str]) -> Any:
@@ -149,14 +162,13 @@ def block(worker_id: str, trace: Trace, poison: dict[int, str]) -> Any:
         return work(worker_id, trace, poison)
 
 
-@pytest.mark.parametrize("kind", ["exception", "SIGKILL"])
-def test_a_block_skips_when_its_caller_retries(run: faultguard.Run, trace: Trace, kind: str) -> None:
-    """The block has no budget, but it counts, so that three in a row are known as such."""
-    assert ray.get(block.remote("w", trace, {3: kind}), timeout=WAIT_S) == result({3})
+def test_a_block_skips_when_its_caller_retries(run: faultguard.Run, trace: Trace) -> None:
+    """The block has no budget, but it counts, so that three in a row are known as such; a crash among them does not interrupt."""
+    assert ray.get(block.remote("w", trace, {3: "both"}), timeout=WAIT_S) == result({3})
     assert newest(run, "block").charged == 0
 
 
-def test_a_budget_too_small_for_it_is_refused(start_run: Any) -> None:
+def test_a_budget_too_small_for_it_is_refused(start_run: StartRun) -> None:
     """Also where `init` says it."""
     start_run(max_failures=2)
     few = faultguard.recoverable(on_poison="skip")(ray.remote(work))
@@ -181,7 +193,7 @@ def struggles(worker_id: str, trace: Trace, kinds: list[str]) -> Any:
     return ckpt.state["seen"]
 
 
-@pytest.mark.parametrize("kinds", [["exception"] * N, ["SIGKILL"] * 4, ["exception", "exit", "exit", "exception"]], ids=str)
+@pytest.mark.parametrize("kinds", [["exception"] * N, ["exception", "SIGKILL", "exit", "exception"]], ids=str)
 def test_failures_that_come_with_progress_start_the_count_anew(run: faultguard.Run, trace: Trace, kinds: list[str]) -> None:
     """More of them than `max_failures=1` are survived, whatever dies between."""
     assert ray.get(struggles.remote("w", trace, kinds), timeout=WAIT_S) == list(range(len(kinds)))
@@ -329,6 +341,23 @@ def test_at_most_a_hundred_are_quarantined(settings: Settings) -> None:
     with pytest.raises(faultguard.MaxFailuresExceeded) as caught:
         execute(settings, count, on_poison="skip")
     assert caught.value.poison_batch == MAX_QUARANTINED
+    assert "max_failures=3 allows 4 attempts without progress or quarantine" in str(caught.value)
+
+
+@pytest.mark.parametrize("swallowed", [False, True])
+def test_a_batch_that_stalls_three_times_is_quarantined(settings: Settings, swallowed: bool) -> None:
+    """The stall came out of it, at whatever instruction it arrived; or was swallowed there, and raised again at its end."""
+
+    def count() -> list[int]:
+        ckpt = faultguard.current()
+        for batch in ckpt.batches(range(4)):
+            with contextlib.suppress(faultguard.StalledError if swallowed else KeyError):
+                if batch == 2:
+                    hang()
+            ckpt.state.setdefault("seen", []).append(batch)
+        return [*ckpt.state["seen"], *ckpt.quarantined]
+
+    assert execute(settings, count, on_poison="skip", stall_timeout_s=0.4) == [0, 1, 3, (2,)]
 
 
 def test_trouble_of_the_store_is_no_batchs_doing(settings: Settings) -> None:

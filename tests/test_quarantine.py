@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 import pytest
 
-from faultguard import Checkpoint, InputChangedError
+from faultguard import Checkpoint, InputChangedError, _journal
 from faultguard._core.budget import Policy, batch_of
+from faultguard._core.records import Ended, FailureRecord, Spot
 from faultguard._core.schedule import Pinning, Schedule
 from faultguard.storage import open_store
 from tests.attempts import Died, InlineWriter, Worker, write_inline
@@ -50,11 +51,25 @@ def live(worker: Worker, body: Body, *, every: int = NEVER, limit: int = 30) -> 
             attempt = worker.attempt(every=every)
         except Exception as error:  # noqa: BLE001 - whatever the body raises
             ends.append(type(error).__name__)
-            attempt.fail()
+            attempt.fail(error)
             attempt = worker.retry(attempt, schedule=Schedule(every, 0.0))
         else:
             return attempt.complete(), ends
     raise AssertionError(f"no end after {ends}")
+
+
+def die() -> NoReturn:
+    """SIGKILL: nothing is written any more, whatever is let go of."""
+    writer: Any = _journal._writer
+    writer.clients.clear()
+    raise Died
+
+
+def fail(how: str) -> NoReturn:
+    """In one way or the other."""
+    if how == "die":
+        die()
+    raise ValueError
 
 
 def quarantined(worker: Worker) -> list[tuple[tuple[str, int], ...]]:
@@ -182,16 +197,40 @@ def breaks_out_of_a_with(ckpt: Checkpoint) -> None:
 def returns(ckpt: Checkpoint) -> None:
     """Likewise."""
 
-    def first() -> int:
-        return next(batch for batch in ckpt.batches(range(N)) if batch == 2)
-
     def found() -> int:
-        for batch in ckpt.batches(range(N), name="again"):
+        for batch in ckpt.batches(range(N)):
             if batch == 2:
                 return batch
         return 0
 
-    _ = 1 / (first() - found())
+    _ = 1 / (found() - 2)
+
+
+def takes_one(ckpt: Checkpoint) -> None:
+    """Likewise."""
+    _ = 1 / (next(batch for batch in ckpt.batches(range(N)) if batch == 2) - 2)
+
+
+def lets_go(ckpt: Checkpoint) -> None:
+    """Likewise."""
+    batches: Any = ckpt.batches(range(N))
+    batches = next(batches)
+    _ = 1 / batches
+
+
+def survives(ckpt: Checkpoint) -> None:
+    """What a batch raised was handled; this is something else."""
+    with contextlib.suppress(ZeroDivisionError):
+        raises(ckpt)
+    raise KeyError
+
+
+def raises_and_says_more(ckpt: Checkpoint) -> None:
+    """What a batch raised is the reason of what arrives."""
+    try:
+        raises(ckpt)
+    except ZeroDivisionError as error:
+        raise KeyError from error
 
 
 def reads_badly(ckpt: Checkpoint) -> None:
@@ -204,17 +243,20 @@ def reads_badly(ckpt: Checkpoint) -> None:
     ("body", "its"),
     [
         *((body, True) for body in (raises, raises_in_a_with, raises_before_finally, raises_another, raises_in_a_callee)),
-        *((body, True) for body in (raises_in_enumerate, raises_in_a_generator, raises_in_a_bar, raises_in_map)),
-        *((body, False) for body in (raises_before, raises_after, breaks, breaks_out_of_a_with, returns, reads_badly)),
+        *((body, True) for body in (raises_in_enumerate, raises_in_a_generator, raises_in_a_bar, raises_in_map, raises_and_says_more)),
+        *(
+            (body, False)
+            for body in (raises_before, raises_after, breaks, breaks_out_of_a_with, returns, takes_one, lets_go, survives, reads_badly)
+        ),
     ],
     ids=lambda case: getattr(case, "__name__", ""),
 )
 def test_what_came_out_of_a_batch(worker: Worker, body: Body, its: bool) -> None:
     """An exception in the body is the doing of its batch; what is raised before or after a loop, or by the input, is not."""
     attempt = worker.attempt()
-    with pytest.raises((ZeroDivisionError, KeyError)):
+    with pytest.raises((ZeroDivisionError, KeyError)) as caught:
         body(attempt.ckpt)
-    assert attempt.ckpt.thrown_out is its
+    assert attempt.ckpt.is_to_blame(caught.value) is its
     attempt.die()
 
 
@@ -233,9 +275,9 @@ def test_of_nested_loops_the_innermost_that_raised(worker: Worker, where: str, p
             if (epoch, where) == (1, "after"):
                 raise ValueError
 
-    with pytest.raises(ValueError, match=r"^$"):
+    with pytest.raises(ValueError, match=r"^$") as caught:
         body()
-    attempt.fail()
+    attempt.fail(caught.value)
     failure = newest(worker).failures[-1]
     assert (failure.position, failure.pinned, tuple(spot.done for spot in failure.place)) == (place, its, place)
 
@@ -257,7 +299,7 @@ class Shards(Sequence[int]):
     def __getitem__(self, index: Any) -> Any:
         """One of them."""
         if index == self.deadly:
-            raise Died
+            die()
         if index >= self.n:
             raise IndexError
         return index
@@ -283,9 +325,7 @@ def counts(items: Any, poison: set[int], how: str = "raise") -> Body:
             batch = int(item[0] if isinstance(item, list) else item)
             ckpt.state["sum"] = ckpt.state.get("sum", 0) + batch
             if batch in poison:
-                if how == "die":
-                    raise Died
-                raise ValueError(batch)
+                fail(how)
             ckpt.state["seen"].append(batch)
 
     return body
@@ -333,7 +373,7 @@ def test_of_what_cannot_be_read_only_indices_are_needed(worker: Worker) -> None:
         counts(Shards(N, deadly=3), set())(ckpt)
         if not once["died"]:
             once["died"] = True
-            raise Died
+            die()
 
     state, _ = live(late, dies_behind_it, every=1)
     assert_exact(state, {3})
@@ -373,7 +413,7 @@ def test_an_outer_batch_is_passed_over_before_anything_inside_is_counted(worker:
     def body(ckpt: Checkpoint) -> None:
         for epoch in ckpt.batches(range(3), name="epochs"):
             if epoch == 1:
-                raise Died if how == "die" else ValueError
+                fail(how)
             for step in ckpt.batches(range(2), name="steps"):
                 ckpt.state.setdefault("seen", []).append((epoch, step))
 
@@ -390,12 +430,12 @@ def test_an_outer_batch_that_is_counted_in_part_is_not_passed_over(worker: Worke
     def body(ckpt: Checkpoint) -> None:
         for epoch in ckpt.batches(range(3), name="epochs"):
             if where == "between" and epoch == 1 and ckpt.attempt > 1:
-                raise Died if how == "die" else ValueError
+                fail(how)
             for step in ckpt.batches(range(2), name="steps"):
                 if (epoch, step, where) == (1, 1, "between"):
-                    raise Died if how == "die" else ValueError
+                    fail(how)
             if epoch == 1:
-                raise Died if how == "die" else ValueError
+                fail(how)
 
     with pytest.raises(AssertionError, match="no end"):
         live(worker, body, every=1, limit=8)
@@ -409,7 +449,7 @@ def test_what_was_passed_over_does_not_hide_another_input(worker: Worker, there:
     def body(ckpt: Checkpoint, items: str = "abcd") -> None:
         for batch in ckpt.batches(iter(items)):
             if batch == "b":
-                raise Died
+                die()
             if batch == "c" and not ckpt.state.get("go"):
                 raise KeyError
 
@@ -427,6 +467,31 @@ def test_what_was_passed_over_does_not_hide_another_input(worker: Worker, there:
     attempt.ckpt.state["go"] = True
     with pytest.raises(InputChangedError) if there == "x" else contextlib.nullcontext():
         body(attempt.ckpt, f"a{there}cd")
+    attempt.die()
+
+
+@pytest.mark.parametrize("who", ["claim", "retry", "leave"])
+def test_whatever_dies_after_the_third_failure_the_batch_stays_quarantined(worker: Worker, who: str) -> None:
+    """The record that counts the failure quarantines, be it the claim after a crash; four more incarnations die at once, and carry it."""
+    attempt = worker.attempt()
+    place = (Spot("batches", 0, 3),)
+    for nth in range(3):
+        snapshot = attempt.ckpt._snapshot()[0]
+        if who == "claim":
+            attempt.journal.pin(snapshot, place)
+            attempt.die()
+        elif who == "retry":
+            attempt.journal.retry(FailureRecord("exception", 1, 3, place=place, pinned=True))
+            attempt.die()
+        else:
+            attempt.journal.leave(Ended("exception", charged=True), FailureRecord("exception", 1, 3, place=place, pinned=True))
+            attempt.die()
+        attempt = worker.attempt() if who != "retry" or nth == 2 else worker.retry(attempt)  # the claim of the third retry is not used
+    assert (newest(worker).quarantined, newest(worker).charged) == ((place,), int(who == "retry"))
+    for _ in range(4):
+        attempt.die()
+        attempt = worker.attempt()
+    assert (newest(worker).quarantined, newest(worker).charged) == ((place,), 4 + int(who == "retry"))
     attempt.die()
 
 
@@ -492,7 +557,7 @@ def test_who_dies_behind_a_loop_blames_no_batch(worker: Worker, way: str) -> Non
         for batch in ckpt.batches(range(N)):
             if (batch, way) == (2, "break"):
                 break
-        raise Died
+        die()
 
     with pytest.raises(AssertionError, match="no end"):
         live(worker, body, limit=6)
@@ -514,7 +579,7 @@ def test_what_was_saved_within_a_batch_pins_nothing(worker: Worker) -> None:
         for batch in ckpt.batches(range(N)):
             ckpt.advance(wait=True)
             if batch == 3:
-                raise Died
+                die()
 
     state, ends = live(worker, body)
     assert (ends, quarantined(worker), state) == (["died"], [], {})
@@ -525,7 +590,7 @@ def test_crashes_that_are_pinned_to_nothing_are_not_quarantined(worker: Worker) 
 
     def body(ckpt: Checkpoint) -> None:
         if ckpt.attempt < 9:
-            raise Died
+            die()
         counts(range(N), set())(ckpt)
 
     state, ends = live(worker, body)

@@ -251,6 +251,24 @@ def test_a_stopped_worker_is_replaced_also_if_its_manager_dies(start_run: StartR
     assert {note["attempt"] for note in trace.notes("batch", "works")} == {1}
 
 
+def test_a_worker_that_stops_before_its_manager_has_heard_it_is_replaced(start_run: StartRun, trace: Trace, ray_cluster: str) -> None:
+    """It began while the manager was frozen: that one asks the nodes when it is back, because nobody beats twice for the first time."""
+    start_run(heartbeat_interval=INTERVAL_S, heartbeat_timeout=TIMEOUT_S)
+    others = [steps.remote(f"other{number}", 100, 0.1, trace) for number in range(2)]
+    for number in range(2):
+        wait_until_heard(f"other{number}")
+    marks = Path(ray_cluster) / "session_latest" / "faultguard"
+    with stopped(manager_pid()):
+        ref = steps.remote("unheard", 30, 0.1, trace)
+        pid = wait_until(lambda: trace.notes("batch", "unheard"))[0]["pid"]
+        wait_until(lambda: [*marks.glob(f"{pid}-*.json")])
+        os.kill(pid, signal.SIGSTOP)
+        time.sleep(3 * TIMEOUT_S)
+    assert ray.get([ref, *others], timeout=WAIT_S) == [expected(30), expected(100), expected(100)]
+    assert {note["attempt"] for note in trace.notes("batch", "unheard")} == {1, 2}
+    assert {note["attempt"] for note in trace.notes("batch") if note["worker"] != "unheard"} == {1}
+
+
 @faultguard.recoverable(every=1, backoff=NOWAIT)
 @ray.remote(num_cpus=0.5)
 def in_c(worker_id: str, kind: str, seconds: float, trace: Trace) -> Any:

@@ -190,6 +190,21 @@ def test_loops_by_hand_are_timed_from_their_first_advance(settings: Settings) ->
     assert execute(settings, count) == 2
 
 
+def test_what_the_process_says_of_itself_changes_with_the_first_advance(settings: Settings) -> None:
+    """From then on it may be ended from outside, should it stand still as a whole: the next regular mark may be one too late."""
+    said: list[float | None] = []
+
+    def count() -> int:
+        guard = faultguard.current().guard
+        guard.on_change = lambda: said.append(guard.timing())
+        for _ in range(3):
+            faultguard.current().advance()
+        return len(said)
+
+    assert execute(settings, count) == 1
+    assert said[0] == SHORT_S
+
+
 # --- what is no stall -----------------------------------------------------------------------------------------------
 
 

@@ -97,6 +97,8 @@ def options_of_the_decorator_have_types() -> None:
     faultguard.recoverable(every="sometimes")  # type: ignore[call-overload]
     faultguard.recoverable(retry_on="ValueError")  # type: ignore[call-overload]
     faultguard.recoverable(backoff=1.0)  # type: ignore[call-overload]
+    faultguard.recoverable(on_poison="drop")  # type: ignore[call-overload]
+    faultguard.recoverable(fresh_process_on="CUDA")  # type: ignore[call-overload]
     faultguard.init(max_failures="3")  # type: ignore[arg-type]
     with faultguard.init(checkpoint_dir="/shared") as run:
         assert_type(run, faultguard.Run)

@@ -27,6 +27,7 @@ class Loop:
     """One open or finished loop. `done` counts finished batches, and is the index of the batch in hand."""
 
     __slots__ = (
+        "before",
         "current",
         "depth",
         "done",
@@ -35,17 +36,18 @@ class Loop:
         "last",
         "last_known",
         "left",
+        "left_at",
         "length",
         "name",
         "opened",
         "outside",
-        "raised",
         "total",
     )
 
-    def __init__(self, name: str, depth: int) -> None:
+    def __init__(self, name: str, depth: int, before: int) -> None:
         self.name = name
         self.depth = depth
+        self.before = before  # how many were opened before it in its scope
         self.done = 0
         self.finished = False
         self.in_hand = False  # a batch was given out and is not done
@@ -56,7 +58,7 @@ class Loop:
         self.outside: tuple[int, str] | None = None  # of a batch in which a loop began: its index and fingerprint
         self.opened = False  # by this attempt; a mark of an earlier one waits until then
         self.left = False  # early, by this attempt
-        self.raised = False  # left by an exception
+        self.left_at: object = None  # by whoever uses it; this attempt
         self.total: int | None = None
 
     def mark(self) -> Mark:
@@ -72,7 +74,9 @@ class Cursors:
     """
 
     def __init__(self, restored: Marks = ()) -> None:
-        self.scopes: list[list[Loop]] = [[_loop(mark, depth) for mark in scope] for depth, scope in enumerate(restored)]
+        self.scopes: list[list[Loop]] = [
+            [_loop(mark, depth, before) for before, mark in enumerate(scope)] for depth, scope in enumerate(restored)
+        ]
         self.stack: list[Loop] = []  # changed in place, and read by the loops themselves
 
     @property
@@ -123,7 +127,7 @@ class Cursors:
     @property
     def place(self) -> Place:
         """`position` with the names of the loops."""
-        return tuple(Spot(loop.name, self.scopes[loop.depth].index(loop), loop.done) for loop in self.path)
+        return tuple(Spot(loop.name, loop.before, loop.done) for loop in self.path)
 
     @property
     def begins(self) -> Place:
@@ -131,10 +135,10 @@ class Cursors:
         return self.place if self.stack and self._is_whole(self.stack) else ()
 
     @property
-    def thrown_out(self) -> bool:
-        """Whether an exception came out of the batch at `place`, which could be passed over."""
+    def suspect(self) -> Loop | None:
+        """The loop whose batch at `place`, which could be passed over, was in hand when it was left."""
         path = self.path
-        return bool(path) and path[-1].raised and path[-1].in_hand and self._is_whole(path)
+        return path[-1] if path and path[-1].left and path[-1].in_hand and self._is_whole(path) else None
 
     def _is_whole(self, path: list[Loop]) -> bool:
         """Whether nothing inside of the batch in hand is counted: to pass over a batch that is would count a part of it."""
@@ -179,7 +183,7 @@ class Cursors:
             if len(scope) >= MAX_SIBLINGS:
                 msg = f"more than {MAX_SIBLINGS} loops in one scope; make one loop over all of it"
                 raise UsageError(msg)
-            loop = Loop(name, depth)
+            loop = Loop(name, depth, len(scope))
             scope.append(loop)
         elif loop.length is not None and length is not None and loop.length != length:
             raise input_changed(loop, f"it had {loop.length} batches and now has {length}")
@@ -209,9 +213,9 @@ class Cursors:
         loop.in_hand = False
         self._pop(loop)
 
-    def leave(self, loop: Loop, *, raised: bool = False) -> None:
+    def leave(self, loop: Loop, at: object = None) -> None:
         """The loop was left early: by `break`, `return` or an exception. What follows decides whether its batch counts."""
-        loop.left, loop.raised = not loop.finished, raised
+        loop.left, loop.left_at = not loop.finished, at
         self._pop(loop)
 
     def close_left(self, depth: int = 0) -> bool:
@@ -229,7 +233,7 @@ class Cursors:
         self._close(other for other in scope if other.left)
         loop = next((known for known in scope if known.name == HAND_WRITTEN), None)
         if loop is None:
-            loop = Loop(HAND_WRITTEN, 0)
+            loop = Loop(HAND_WRITTEN, 0, len(scope))
             scope.append(loop)
         loop.opened = True
         return loop
@@ -276,7 +280,7 @@ def input_changed(loop: Loop, difference: str) -> InputChangedError:
     return InputChangedError(msg, loop=loop.name)
 
 
-def _loop(mark: Mark, depth: int) -> Loop:
-    loop = Loop(mark.name, depth)
+def _loop(mark: Mark, depth: int, before: int) -> Loop:
+    loop = Loop(mark.name, depth, before)
     loop.done, loop.finished, loop.length, loop.last = mark.done, mark.finished, mark.length, mark.last
     return loop
