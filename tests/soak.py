@@ -322,7 +322,7 @@ def cancel(soak: Soak, rng: random.Random, kind: str) -> None:
     with soak.target(rng, suits) as job:
         note, ref = soak.newest(job), soak.ref_of(job)
         force = rng.random() < 0.5
-        soak.faults.append(Fault(kind, job.worker_id, note["attempt"]))
+        soak.faults.append(Fault(kind, job.worker_id))
         soak.say(f"{kind}: {job.worker_id} ({job.kind}) attempt {note['attempt']}")
         if kind == "ray.cancel":
             if ref is not None:
