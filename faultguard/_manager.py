@@ -79,7 +79,8 @@ class RecoveryManagerActor:
         self._pauses = 0
         self._monitor: _Ticker | None = None
         self._prober = Prober(self._settings.heartbeat_timeout)
-        self._watched: float | None = None  # when it last looked
+        self._watched = time.monotonic()  # when it last looked: it may be frozen before its first look, too
+        self._is_new = True
         if name:
             period_s = min(self._settings.heartbeat_interval, JOB_CHECK_S)
             for worker_id, number in msgspec.msgpack.decode(_ray.kv_get(self._cancels_key) or msgspec.msgpack.encode([])):
@@ -298,11 +299,9 @@ class RecoveryManagerActor:
 
     def _survey_if_absent(self, now: float) -> None:
         """Ask the nodes whom they hold, if beats can have been lost here: who has stood still since then will not send another one."""
-        watched = self._watched
-        absent = now - watched > self._settings.heartbeat_timeout / 2 if watched is not None else _ray.is_restarted()
-        if absent:
+        if now - self._watched > self._settings.heartbeat_timeout / 2 or (self._is_new and _ray.is_restarted()):
             self._prober.survey(self._settings.run)
-        self._watched = now
+        self._watched, self._is_new = now, False
 
     def _watch(self, period_s: float) -> None:
         """One look of a shared manager."""

@@ -60,18 +60,27 @@ class Prober:
         self._timeout_s = heartbeat_timeout_s
         self._flights: dict[str, _Flight] = {}
         self._known: dict[Held, _Known] = {}
+        self._run = ""
+        self._unasked: set[str] = set()
         self._surveys: dict[str, Any] = {}
 
     def survey(self, run: str) -> None:
         """Ask every node whom it holds, for `surveyed`."""
-        self._surveys = {node_id: _ray.run_on_node(survey, node_id, run) for node_id in _ray.alive_nodes()}
+        self._run = run
+        self._unasked.update(_ray.alive_nodes())
 
     def surveyed(self) -> list[Mapping[str, Any]]:
-        """What the nodes have answered meanwhile: of each worker what a beat says of its process. One that is frozen answers late."""
-        done = {node_id: ref for node_id, ref in self._surveys.items() if _ray.is_done(ref)}
-        for node_id in done:
-            del self._surveys[node_id]
-        return [_adopted(node_id, *found) for node_id, ref in done.items() for found in _ray.result_or_none(ref) or ()]
+        """What the nodes have answered meanwhile: of each worker what a beat says of its process. One that is frozen answers late.
+
+        A node has one question at a time, whose answer is always taken: a manager that is late for each look surveys at each.
+        """
+        said = {node_id: self._surveys.pop(node_id) for node_id, ref in [*self._surveys.items()] if _ray.is_done(ref)}
+        answers = {node_id: _ray.result_or_none(ref) for node_id, ref in said.items()}
+        self._unasked.update(node_id for node_id, found in answers.items() if found is None and _ray.is_alive(node_id))
+        for node_id in self._unasked - self._surveys.keys():
+            self._unasked.remove(node_id)
+            self._surveys[node_id] = _ray.run_on_node(survey, node_id, self._run)
+        return [_adopted(node_id, *held) for node_id, found in answers.items() for held in found or ()]
 
     def step(self, silent: list[Mapping[str, Any]], now: float) -> list[Found]:
         """Start the probes that are due, and take what the others say.

@@ -154,7 +154,8 @@ def draining_nodes() -> frozenset[str]:
 
 def alive_nodes() -> list[str]:
     """Ids of the nodes that Ray takes for alive."""
-    return [node["NodeID"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call] # untyped in Ray
+    nodes: Any = ray.nodes  # type: ignore[attr-defined, unused-ignore] # Ray left it unannotated
+    return [node["NodeID"] for node in nodes() if node["Alive"]]
 
 
 def is_restarted() -> bool:
@@ -243,8 +244,7 @@ def run_on_node(function: Callable[..., Any], node_id: str, *args: Any) -> Any:
 
 def is_alive(node_id: str) -> bool:
     """Whether Ray takes a node for alive."""
-    nodes: Any = ray.nodes  # type: ignore[attr-defined, unused-ignore] # Ray left it unannotated
-    return any(node["NodeID"] == node_id and node["Alive"] for node in nodes())
+    return node_id in alive_nodes()
 
 
 def needs_of_task() -> dict[str, float]:

@@ -48,6 +48,7 @@ NODES = 2  # that work; the third is the head
 WAIT_S = 300  # for what must come; a machine with other work on it is slow
 CLOSING_S = 600  # for all to complete
 PAUSE_S = 2.0
+MAX_REFUSALS = 20
 PR_SET_CHILD_SUBREAPER = 36
 
 
@@ -150,9 +151,10 @@ class Soak:
         """Whether the caller is to submit the worker again: it was cancelled, or it is an actor, whose failures are its caller's."""
         self._again[job.worker_id] += 1
         hits = sum(fault.worker == job.worker_id for fault in self.faults) + len(job.trace.notes("fault"))
-        if self._again[job.worker_id] > hits:
+        if self._again[job.worker_id] > hits + MAX_REFUSALS:
             return False
-        cancelled = (ray.exceptions.TaskCancelledError, ray.exceptions.WorkerCrashedError)
+        # A cancelled attempt may still hold the worker, be it that its node has frozen.
+        cancelled = (ray.exceptions.TaskCancelledError, ray.exceptions.WorkerCrashedError, faultguard.DuplicateWorkerError)
         if isinstance(error, cancelled) and any(f.worker == job.worker_id and "cancel" in f.kind for f in self.faults):
             return True
         return job.kind == "actor" and isinstance(error, (PlannedError, faultguard.StalledError, ray.exceptions.RayActorError))
@@ -320,7 +322,7 @@ def cancel(soak: Soak, rng: random.Random, kind: str) -> None:
     with soak.target(rng, suits) as job:
         note, ref = soak.newest(job), soak.ref_of(job)
         force = rng.random() < 0.5
-        soak.faults.append(Fault(kind, job.worker_id, note["attempt"]))
+        soak.faults.append(Fault(kind, job.worker_id))
         soak.say(f"{kind}: {job.worker_id} ({job.kind}) attempt {note['attempt']}")
         if kind == "ray.cancel":
             if ref is not None:

@@ -39,7 +39,7 @@ NO_PROGRESS = 3  # an attempt that began no more batches may have saved nothing
 
 @dataclass
 class Fault:
-    """One that took place: it meets a worker's attempt, a process, or a node."""
+    """One that took place: it meets a worker's attempt (0: whichever works when it arrives), a process, or a node."""
 
     kind: str
     worker: str = ""
@@ -54,7 +54,7 @@ class Fault:
             return owner.node_id == self.node
         if self.pid and self.pid == owner.pid:
             return True
-        return self.worker == claim.worker_id and self.attempt == claim.attempt
+        return self.worker == claim.worker_id and self.attempt in {0, claim.attempt}
 
 
 def problems_of(worker: str, kind: str, notes: Sequence[dict[str, Any]], log: Sequence[Record], faults: Sequence[Fault]) -> Iterator[str]:

@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 
 from faultguard import _ray
-from faultguard._core.silence import Verdict
+from faultguard._core.silence import Held, Verdict
 from faultguard._probe import Answer
 from faultguard._prober import Prober
+from faultguard._process import ProcessId
 
 TIMEOUT_S = 60.0
 BEAT = {"run": "r", "task": "t", "worker_id": "w", "attempt": 1, "token": 7, "node_id": "n", "boot_id": "b", "pid": 1, "start_time": 2}
@@ -21,7 +22,7 @@ class PlayedRay:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.started = 0
         self.done = False
-        self.answer: list[Answer] | None = None
+        self.answer: list[Any] | None = None
         self.alive = True
         monkeypatch.setattr(_ray, "run_on_node", self._run)
         monkeypatch.setattr(_ray, "is_done", lambda _: self.done)
@@ -79,3 +80,24 @@ def test_a_node_that_does_not_answer_is_told_once(played: PlayedRay) -> None:
     assert played.started == 1
     played.ends(Verdict.ALIVE)
     assert [each.verdict for each in prober.step([BEAT], 201.0)] == [Verdict.ALIVE]
+
+
+def test_a_node_is_asked_once_at_a_time_and_every_answer_counts(played: PlayedRay, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A manager that is late for each look wants to ask at each: it must not drop the answer for the sake of the next question."""
+    monkeypatch.setattr(_ray, "alive_nodes", lambda: ["n"])
+    prober = Prober(TIMEOUT_S)
+    held = (ProcessId("b", 1, 2), Held("t", "w", 7, "r", 1))
+    for _ in range(3):
+        prober.survey("r")
+        assert prober.surveyed() == []
+    assert played.started == 1
+    played.done, played.answer = True, [held]
+    (adopted,) = prober.surveyed()
+    assert {key: adopted[key] for key in BEAT} == BEAT
+    assert played.started == 2, "it was to be asked again"
+    played.done, played.answer = True, None
+    assert prober.surveyed() == []
+    assert played.started == 3, "the process that was asked was killed, the node was not"
+    played.done, played.alive = True, False
+    assert prober.surveyed() == prober.surveyed() == []
+    assert played.started == 3
