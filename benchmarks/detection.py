@@ -9,6 +9,7 @@ beside what comes on top. A frozen node takes a driver of its own with Ray's set
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import os
 import signal
@@ -148,7 +149,7 @@ def measures(nodes: Nodes, trace: Trace) -> dict[str, tuple[float, Callable[[str
         "hung in Python": (STALL_S, inside("hung in Python", STALL_S)),
         "hung in C": (hard_s, inside("hung in C", STALL_S)),
         "hung in C with the interpreter": (TIMEOUT_S + hard_s, inside("hung in C with the interpreter", STALL_S)),
-        "stopped": (TIMEOUT_S, signalled(signal.SIGSTOP)),
+        "stopped": (2 * TIMEOUT_S, signalled(signal.SIGSTOP)),
         "cancelled": (0, lambda worker: cancelled(worker, trace)),
         "manager killed": (0, lambda worker: manager_back(worker, trace)),
         "node drained": (0, leaving(lambda node: nodes.drain(node, 600))),
@@ -163,7 +164,12 @@ def main() -> None:
     parser.add_argument("--only", type=lambda text: text.split(","), default=[], metavar="FAULT,...")
     options = parser.parse_args()
     print(f"heartbeat_interval {INTERVAL_S:g} s, heartbeat_timeout {TIMEOUT_S:g} s, stall_timeout {STALL_S:g} s; seconds, median and range")
-    with tempfile.TemporaryDirectory(prefix="faultguard-bench-", dir="/var/tmp") as directory, some_nodes() as nodes:
+    shown = sys.stdout
+    with (
+        contextlib.redirect_stdout(sys.stderr),  # where Ray tells of each crash
+        tempfile.TemporaryDirectory(prefix="faultguard-bench-", dir="/var/tmp") as directory,
+        some_nodes() as nodes,
+    ):
         trace = Trace(Path(directory) / "trace")
         given: dict[str, Any] = {"heartbeat_interval": INTERVAL_S, "heartbeat_timeout": TIMEOUT_S, "progress": False}
         with faultguard.init(checkpoint_dir=Path(directory) / "checkpoints", **given):
@@ -171,7 +177,9 @@ def main() -> None:
                 if not options.only or fault in options.only:
                     took = sorted(measure(f"{fault} {number}") - setting_s for number in range(options.rounds))
                     before = f"{setting_s:g} + " if setting_s else ""
-                    print(f"{fault:32}{before:>6}{statistics.median(took):5.1f}   ({took[0]:.1f} to {took[-1]:.1f})", flush=True)
+                    print(
+                        f"{fault:32}{before:>6}{statistics.median(took):5.1f}   ({took[0]:.1f} to {took[-1]:.1f})", file=shown, flush=True
+                    )
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ from faultguard._core.silence import Held
 from faultguard._handle import Checkpoint
 from faultguard._journal import Journal, insist, superseded
 from faultguard._log import StoredLog
+from faultguard._probe import ending_of
 from faultguard._process import ProcessId, is_dead, this_process
 from faultguard._session import TaskContext, entered, leave_all
 from faultguard._settings import Settings, checked_store
@@ -53,16 +54,16 @@ if TYPE_CHECKING:
 
     from faultguard.storage import Store
 
-__all__ = ["OpenWorker", "TaskOptions", "Work", "cause_of_leaving", "check_arguments", "open_worker", "run_task"]
+__all__ = ["OpenWorker", "TaskOptions", "Work", "cause_of_leaving", "check_arguments", "open_worker", "run_task", "say_completed_already"]
 
 MAX_RESULT_BYTES = 1 << 20
 MAX_MESSAGE = 1000
 DEFAULT_KEEP = 3
 HOLDER_POLL_S = 0.2
-PROBES_PER_CLAIM = 2  # a probe of a node that does not answer is given up after `heartbeat_timeout`
+PROBE_WAIT_S = 90.0  # for a look at the node of a silent holder
 LONG_WAIT_S = 1.0  # shorter waits are not worth a call
 MANAGER_WAIT_S = 10.0
-FIRST_BEAT_WAIT_S = 2.0
+FIRST_BEAT_WAIT_S = 10.0  # where a manager has to be made first; else it takes milliseconds
 LAST_WORDS_S = 30.0  # for the record of a process that is ended because it hangs; after that its successor calls it a crash
 
 
@@ -358,7 +359,7 @@ def open_worker(
         policy=Policy(options.reset_on_progress, options.on_poison == "skip"),
     )
     try:
-        if identity.attempt:
+        if identity.attempt or settings.named:  # also after the holder of another driver, whom nobody waits for
             me = replace(me, crashed=_death_of_holder(log))
         return _open(log, me, settings, identity, options, leaves=leaves)
     except BaseException as error:
@@ -389,15 +390,19 @@ class _StoreTrouble:
             )
 
 
-def _death_of_holder(log: StoredLog) -> tuple[str, str]:
-    """Who held the worker, and what its process died of: for the history only, so whatever cannot be found out is a crash."""
+def _death_of_holder(log: StoredLog) -> tuple[str, str, str]:
+    """Who held the worker, what its process died of, and where it stood: for the history only, so what cannot be found out is a crash."""
     try:
         head = log.newest()
         if head is not None and head.ended is None and head.owner.ray_worker:
-            return head.owner.writer, _ray.death_of(head.owner.ray_worker) or "crash"
+            owner = head.owner
+            ending = ending_of(ProcessId(owner.boot_id, owner.pid, owner.start_time))
+            if ending is not None:
+                return owner.writer, ending.cause, ending.stacks
+            return owner.writer, _ray.death_of(owner.ray_worker) or "crash", ""
     except Exception as trouble:  # noqa: BLE001 - a log that cannot be read is told by the claim
         _events.emit(logging.DEBUG, "faultguard.death_unknown", f"what the last attempt died of is not known: {trouble}")
-    return "", ""
+    return "", "", ""
 
 
 def _give_back(log: StoredLog, owner: Owner, cause: str) -> None:
@@ -479,7 +484,7 @@ def _claim(log: StoredLog, me: rules.Claimant, settings: Settings) -> rules.Gran
         silent = _is_silent(settings, me) if waited else False
         if dead or silent or _has_given_up(settings, me, head):
             me = replace(me, gone=head.token, crashed=_death_of_holder(log))
-        elif now >= deadline + (HOLDER_POLL_S if silent is False else PROBES_PER_CLAIM * settings.heartbeat_timeout):
+        elif now >= deadline + (HOLDER_POLL_S if silent is False else PROBE_WAIT_S):
             raise _duplicate(me, head, settings)
         else:
             time.sleep(HOLDER_POLL_S)
@@ -541,7 +546,7 @@ def run_task(settings: Settings, identity: _ray.Identity, options: TaskOptions, 
     try:
         opened = open_worker(settings, identity, options, worker_id, max_failures=max_failures, leaves=True, afresh=work.afresh)
         if isinstance(opened, rules.Finished):
-            if opened.record.owner.task_id != identity.task_id:
+            if (opened.record.owner.task_id, opened.record.owner.epoch) != (identity.task_id, settings.epoch):
                 _check_recorded(opened.record, settings, work)
             return _recorded(opened, settings, options, work, max_failures)
         return _Task(opened, settings, identity, options, work=work, max_failures=max_failures).run()
@@ -554,12 +559,15 @@ def _check_recorded(record: Record, settings: Settings, work: Work) -> None:
     if record.outcome is not None:
         check_arguments(record.task, record.worker_id, record.outcome, work.arguments)
     if record.owner.epoch == settings.epoch:
-        text = (
-            f"'{record.task}/{record.worker_id}' was completed by this driver already: its recorded result is given, and nothing is run. "
-            f"Give new work an id of its own, or start it over with .options(resume='never')."
-        )
-        fields = {"run": settings.run, "task": record.task, "worker_id": record.worker_id, "attempt": record.attempt, "token": record.token}
-        _events.emit(logging.WARNING, "faultguard.completed_already", text, **fields)
+        then = "its recorded result is given, and nothing is run. Give new work an id of its own, or start it over with"
+        say_completed_already(record, settings, f"{then} .options(resume='never').")
+
+
+def say_completed_already(record: Record, settings: Settings, then: str) -> None:
+    """In a named run an id is one piece of work: whoever asks twice is told what comes of it."""
+    text = f"'{record.task}/{record.worker_id}' was completed by this driver already: {then}"
+    fields = {"run": settings.run, "task": record.task, "worker_id": record.worker_id, "attempt": record.attempt, "token": record.token}
+    _events.emit(logging.WARNING, "faultguard.completed_already", text, **fields)
 
 
 def check_arguments(task: str, worker_id: str, outcome: Outcome, arguments: Mapping[str, str]) -> None:

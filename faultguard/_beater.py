@@ -28,6 +28,7 @@ __all__ = ["Source", "cancelled_all", "hurry", "register", "unregister"]
 
 FIRST_BEAT_S = 0.5  # shorter tasks cost no call, and make no actor
 REPLY_S = 0.5  # a reply is waited for on the spot; a later one is looked for every so often
+STUCK_S = 2.0  # a reply that takes so long may never come
 RESOLVE_S = 10.0
 RETRY_S = 0.5
 IDLE_S = 1.0
@@ -56,13 +57,13 @@ class Source(Protocol):
 
 @dataclass(slots=True, eq=False)
 class _Client:
-    """A registered source: when its first beat is due, and whether it was ever sent one."""
+    """A registered source: when its first beat is due, whether it was ever sent one, and whether that was tried at least."""
 
     source: Source
     first: float
     begun: bool = False
     beaten: bool = False
-    sent: threading.Event = field(default_factory=threading.Event)
+    tried: threading.Event = field(default_factory=threading.Event)
 
 
 def register(source: Source) -> None:
@@ -76,10 +77,10 @@ def register(source: Source) -> None:
 def hurry(source: Source, wait_s: float) -> None:
     """Let a worker that has not beaten yet do so now, and wait so long for it."""
     client = _clients.get(id(source))
-    if client is not None and not client.sent.is_set() and _ray.is_ready():
+    if client is not None and not client.tried.is_set() and _ray.is_ready():
         client.first = time.monotonic()
         _beater.wake()
-        client.sent.wait(wait_s)
+        client.tried.wait(wait_s)
 
 
 def unregister(source: Source) -> None:
@@ -119,8 +120,12 @@ class _Line:
         now = time.monotonic()
         if self._ref is not None and not self._settle(0.0):
             if now - self._sent < self._settings.heartbeat_timeout:
+                if now - self._sent > STUCK_S:
+                    _give_up_waiting(clients)
                 return now + REPLY_S
             self._drop(f"no reply for {self._settings.heartbeat_timeout:g} s")
+        if self._lost:
+            _give_up_waiting(clients)
         due = [client for client in clients if client.first <= now]
         first = min((client.first for client in clients if client.first > now), default=math.inf)
         if due and (now >= self._due or not (self._lost or all(client.beaten for client in due))):
@@ -138,10 +143,12 @@ class _Line:
         except (ManagerUnavailableError, ray.exceptions.RayError) as error:
             self._drop(error)
             return
+        finally:
+            for client in clients:
+                client.tried.set()
         self._sent = time.monotonic()
         for client in clients:
             client.beaten = True
-            client.sent.set()
         self._settle(REPLY_S)
 
     def _settle(self, wait_s: float) -> bool:
@@ -198,6 +205,12 @@ def _beat(client: _Client) -> dict[str, object] | None:
     except Exception as error:  # noqa: BLE001 - see above
         _report(threading.current_thread().name, error)
         return None
+
+
+def _give_up_waiting(clients: list[_Client]) -> None:
+    """Nobody listens now: whoever waits for its first beat is to work."""
+    for client in clients:
+        client.tried.set()
 
 
 def _tell(client: _Client, reply: str) -> None:

@@ -226,12 +226,16 @@ class checkpointed:  # noqa: N801 - read as `with checkpointed(...)`
         if isinstance(opened, Finished):  # this task before it failed, or in a named run another one, has finished the block
             record = opened.record
             owner = record.owner
-            if (owner.task_id, owner.ray_attempt, owner.local_retry) == (identity.task_id, identity.attempt, local_retry):
+            mine = (settings.epoch, identity.task_id, identity.attempt, local_retry)
+            if (owner.epoch, owner.task_id, owner.ray_attempt, owner.local_retry) == mine:
                 msg = (
                     f"a second block checkpointed({worker_id!r}) is refused: this attempt has ended the first one, and its loops are "
                     f"done. Give each block an id of its own; what you retry by yourself goes into the block"
                 )
                 raise UsageError(msg)
+            if settings.named and owner.epoch == settings.epoch and owner.task_id != identity.task_id:
+                then = "the loops of its block are done, and yield nothing. Give new work an id of its own."
+                _attempt.say_completed_already(record, settings, then)
             handle = Checkpoint.in_memory(
                 task=record.task,
                 worker_id=record.worker_id,

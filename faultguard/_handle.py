@@ -395,6 +395,7 @@ class Checkpoint:
         if loop.name == HAND_WRITTEN and self._by_hand is None:
             self._by_hand = loop
             self.guard.enter()
+            self.guard.loop_begins()
         if wait:
             self._schedule.boundary(time.monotonic(), n)
             self._write_now(wait=True)

@@ -68,7 +68,7 @@ class Lease:
         for key in store.list(prefix)[:-1]:
             store.delete(key)
         head = self._log.newest_run()
-        if head is not None and head.number > self._record.number:
+        if head is not None and head.number > self._record.number and head.writer != self._record.writer:  # its own end is no loss
             _lessor.remove(self)
             self._lost(head)
 

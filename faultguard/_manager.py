@@ -43,6 +43,7 @@ STORE_THREADS = 32
 LOOKUP_S = 2.0  # how long a heartbeat may wait for the store; then it is answered without
 JOB_CHECK_S = 3.0
 MAX_PAUSES = 5_000  # each costs the actor 50 KB of stack
+MAX_CALLS = 1_000
 MAX_BEATS = 1_000  # calls at once that never wait for the store
 READY_S = 30.0
 RETRY_S = 0.2
@@ -78,7 +79,7 @@ class RecoveryManagerActor:
         self._pauses = 0
         self._monitor: _Ticker | None = None
         self._prober = Prober(self._settings.heartbeat_timeout)
-        self._survey_due = True
+        self._watched: float | None = None  # when it last looked
         if name:
             period_s = min(self._settings.heartbeat_interval, JOB_CHECK_S)
             for worker_id, number in msgspec.msgpack.decode(_ray.kv_get(self._cancels_key) or msgspec.msgpack.encode([])):
@@ -245,7 +246,6 @@ class RecoveryManagerActor:
         """Return the newest beat of each decorated worker, with `last_heartbeat`, `age_s`, `silent` and `final`."""
         return self._live.workers(time.monotonic())
 
-    @ray.method(concurrency_group="pauses")
     async def pause(self, seconds: float) -> bool:
         """Sleep for a worker that waits in `ray.get` meanwhile; False at once if too many do."""
         if self._pauses >= MAX_PAUSES:
@@ -296,21 +296,27 @@ class RecoveryManagerActor:
     def _cancels_key(self) -> str:
         return f"cancels:{self._name}"
 
+    def _survey_if_absent(self, now: float) -> None:
+        """Ask the nodes whom they hold, if beats can have been lost here: who has stood still since then will not send another one."""
+        watched = self._watched
+        absent = now - watched > self._settings.heartbeat_timeout / 2 if watched is not None else _ray.is_restarted()
+        if absent:
+            self._prober.survey(self._settings.run)
+        self._watched = now
+
     def _watch(self, period_s: float) -> None:
         """One look of a shared manager."""
         self._pace.look(time.monotonic(), time.process_time(), calls=self._calls, senders=self._live.senders())
         self._live.interval_s = self._pace.interval_s
         self._live.drain(_ray.draining_nodes())
-        if self._survey_due and _ray.is_restarted():  # who stood still under the process before this one will not beat
-            self._prober.survey(self._settings.run)
-        self._survey_due = False
+        self._survey_if_absent(time.monotonic())
         self._live.adopt(self._prober.surveyed(), time.monotonic(), time.time())
         for beat in self._live.check(time.monotonic(), period_s):
             _say_silent(beat)
         for said, verdict, is_new in self._prober.step(self._live.silent(), time.monotonic()):
             if verdict is Verdict.ALIVE:
                 self._live.found(said, time.monotonic())
-            elif verdict not in _THERE:
+            elif verdict not in _UNDECIDED:
                 self._live.not_found(said)
             if is_new:
                 _say_found(said, verdict)
@@ -323,6 +329,7 @@ _FOUND = {
     Verdict.ALIVE: "lives: only its heartbeats do not arrive",
     Verdict.GONE: "is not held by its process any more",
     Verdict.BUSY: "stands still, and may have a reason, such as C code that holds the interpreter; with stall_timeout=... that would end",
+    Verdict.STOPPED: "is stopped by a signal; if that lasts for heartbeat_timeout, its process is ended",
     Verdict.TRACED: "stands still in a debugger",
     Verdict.UNKNOWN: "cannot be seen from its node",
     Verdict.KILL_STOPPED: "was stopped by a signal; its process is ended, and Ray starts anew",
@@ -330,7 +337,7 @@ _FOUND = {
     None: "is on a node that does not answer; Ray decides about that",
 }
 _QUIET = {Verdict.ALIVE, Verdict.GONE}
-_THERE = {Verdict.BUSY, Verdict.TRACED}
+_UNDECIDED = {Verdict.BUSY, Verdict.STOPPED, Verdict.TRACED, None}  # it may be healthy: Ray says when its node is lost
 
 
 def _say_silent(beat: Mapping[str, Any]) -> None:
@@ -393,7 +400,9 @@ class _Ticker(threading.Thread):
 
 @functools.lru_cache(maxsize=1)
 def _actor_class() -> Any:
-    options: Any = {"concurrency_groups": {"beats": MAX_BEATS, "pauses": 2 * MAX_PAUSES}}
+    # One group besides the default one, and no more: Ray starts the threads of several in a race, after which two may run the
+    # loop of one group and nobody that of another, whose calls are then never answered.
+    options: Any = {"concurrency_groups": {"beats": MAX_BEATS}, "max_concurrency": MAX_CALLS + 2 * MAX_PAUSES}
     return ray.remote(**options)(RecoveryManagerActor)
 
 

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import datetime as dt
+import logging
 import socket
+import threading
 import time
 import uuid
 from typing import TYPE_CHECKING
 
 from msgspec.structs import replace
 
+from faultguard import _events
 from faultguard._core import runs
 from faultguard._core.log import condense
 from faultguard._core.names import encode_name, record_name, record_number
+from faultguard._core.records import decode_record
 from faultguard._lease import REPLACED, Lease, is_over, sweep
 from faultguard._log import StoredLog
 from faultguard._process import this_process
+from faultguard._session import run_has_ended
 from faultguard._settings import checked_store
 from faultguard._views import StoredWorker, stored_workers
-from faultguard.errors import RunInUseError
+from faultguard.errors import CheckpointStoreError, RunInUseError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -49,19 +54,16 @@ class NamedRun:
         self._record = entered.record
         self.settings = replace(settings, instance=entered.record.instance, epoch=entered.record.number)
         self.taken: RunInUseError | None = None
+        self._lock = threading.Lock()
+        self._over = False
         self._submitted: set[tuple[str, str]] = set()
         self._recorded: dict[tuple[str, str], Outcome] = {}
         self._lease = Lease(log, entered.record, self._lose)
-        before = entered.before
-        if before is None or before.instance != entered.record.instance:
-            self.line = f"run {self._name} starts. Store {settings.checkpoint_dir}."
-            self._forget_old(before)
-        else:
-            known = stored_workers(self._store, self.settings.run_prefix, run=settings.run)
-            self._recorded = _at_hand(record for _, record in known)
-            self.line = f"run {self._name} goes on: {_opened(before, how)}. {_counts(known)} Store {settings.checkpoint_dir}."
-        if before is not None:
-            sweep(log, before.number)
+        try:
+            self.line = self._begin(entered.before, how)
+        except BaseException:
+            self.give_up()
+            raise
 
     @classmethod
     def enter(cls, settings: Settings, *, resume: runs.Resume, takeover: bool, say: Callable[[str], None]) -> NamedRun:
@@ -106,6 +108,19 @@ class NamedRun:
             how = how if how != REPLACED else "ended"
         raise _in_use(head)
 
+    def _begin(self, before: runs.RunRecord | None, how: str) -> str:
+        """Find out what there is. Returns the line to say."""
+        if before is None or before.instance != self.settings.instance:
+            line = f"run {self._name} starts. Store {self.settings.checkpoint_dir}."
+            self._forget_old(before)
+        else:
+            known = stored_workers(self._store, self.settings.run_prefix, run=self.settings.run)
+            self._recorded = _at_hand(record for _, record in known)
+            line = f"run {self._name} goes on: {_opened(before, how)}. {_counts(known)} Store {self.settings.checkpoint_dir}."
+        if before is not None:
+            sweep(self._log, before.number)
+        return line
+
     @property
     def _store(self) -> Store:
         return self._log.store
@@ -121,21 +136,47 @@ class NamedRun:
         return self._recorded.get((task, worker_id))
 
     def submits(self, task: str, worker_id: str) -> None:
-        """A worker is submitted to be run: until it has completed, the run is not over."""
-        self._submitted.add((task, worker_id))
-        self._recorded.pop((task, worker_id), None)
+        """A worker is submitted to be run: until it has completed, the run is not over.
+
+        Raises:
+            UsageError: the run is over.
+        """
+        with self._lock:
+            if self._over:
+                raise run_has_ended(self.settings.run)
+            self._submitted.add((task, worker_id))
+            self._recorded.pop((task, worker_id), None)
 
     # --- the end ---
 
+    def give_up(self) -> None:
+        """This driver could not begin: leave the run as it is to others, as far as the store allows it."""
+        try:
+            self._log.run(runs.leave(self._record, "left", time.time()))
+        except CheckpointStoreError as error:  # most likely what is raised already; others then find out that nothing lives here
+            _events.emit(logging.DEBUG, "faultguard.run_not_left", f"run {self._name} could not be left: {error}", run=self._record.run)
+        finally:
+            self._lease.end()
+
     def end(self, *, failed: bool) -> list[str]:
-        """Leave the run; close it if the driver ends normally and every worker completed. Returns the lines to say."""
+        """Leave the run; close it if the driver ends normally and every worker completed. Returns the lines to say.
+
+        Whatever the store says, this driver is one no more: its process may go on for days.
+        """
+        try:
+            return self._end(failed=failed)
+        finally:
+            self._lease.end()
+
+    def _end(self, *, failed: bool) -> list[str]:
+        with self._lock:
+            self._over = True  # nothing is submitted any more
         workers = stored_workers(self._store, self.settings.run_prefix, run=self.settings.run)
         completed = {(state.task, state.worker_id): record for state, record in workers if state.status == "completed"}
         open_ = [state for state, _ in workers if state.status != "completed"]
         missing = self._submitted - {(state.task, state.worker_id) for state, _ in workers}
         closes = bool(workers) and not failed and not open_ and not missing
         kept = self._log.run(runs.leave(self._record, "closed" if closes else "left", time.time()))
-        self._lease.end()
         if not kept:
             head = self._log.newest_run()
             by = f" by {_who(head)}" if head is not None else ""
@@ -177,17 +218,16 @@ class NamedRun:
         run = encode_name(self.settings.run)
         if before.kind == "closed":
             _drop_checkpoints(self._store, f"{run}/{before.instance:09d}/")
-        oldest = self.settings.instance - KEPT_INSTANCES
         instances: dict[int, list[int]] = {}
         for number in self._log.numbers():
             data = self._store.get(self._log.prefix + record_name(number))
             record = runs.decode_run_record(data, number) if data is not None else None
-            if record is not None and record.instance < oldest:
+            if record is not None and record.instance < self.settings.instance:
                 instances.setdefault(record.instance, []).append(number)
-        for instance, numbers in instances.items():
+        for instance in sorted(instances)[:-KEPT_INSTANCES]:  # counted: after damage their numbers have gaps
             for key in self._store.list(f"{run}/{instance:09d}/"):
                 self._store.delete(key)
-            for number in numbers:  # last: whoever is cut before comes back to it
+            for number in instances[instance]:  # last: whoever is cut before comes back to it
                 self._store.delete(self._log.prefix + record_name(number))
 
 
@@ -205,7 +245,7 @@ def _at_hand(heads: Iterable[Record]) -> dict[tuple[str, str], Outcome]:
 
 
 def _drop_checkpoints(store: Store, prefix: str) -> None:
-    """Of each completed worker only the end stays: outcome and failures, and what is needed to compute a result again."""
+    """Of each completed worker the end stays: outcome and failures, and what is needed to compute a result again; and what fences."""
     folders: dict[str, list[str]] = {}
     for key in store.list(prefix):
         folder, _, name = key.rpartition("/")
@@ -220,8 +260,16 @@ def _drop_checkpoints(store: Store, prefix: str) -> None:
         if snapshot is not None and head.outcome.recorded and len(bytes(snapshot.state)) + len(bytes(snapshot.tracked)) > CONDENSE_BYTES:
             last += int(log.run(condense(head, time.time())))
         for key in keys:
-            if key != log.prefix + record_name(last):
+            number = record_number(key.rpartition("/")[2]) or 0
+            if number != last and (number > head.token or not _fences(log, number)):
                 store.delete(key)
+
+
+def _fences(log: StoredLog, number: int) -> bool:
+    """Whether a record has the number that an older attempt would write next: it may wake up long after the run was closed."""
+    data = log.store.get(log.prefix + record_name(number))
+    record = decode_record(data, number) if data is not None else None
+    return record is None or (record.kind == "claim" and record.snapshot is None and bool(record.predecessor))
 
 
 # --- saying ---------------------------------------------------------------------------------------------------------

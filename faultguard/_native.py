@@ -14,18 +14,27 @@ import sys
 import threading
 from pathlib import Path
 
-__all__ = ["native_stacks"]
+__all__ = ["cut", "native_stacks"]
 
 PATIENCE_S = 10.0
+MAX_STACKS = 8192  # characters, for a record
 MAX_LINE = 160  # names of C++ templates go on for ever
 
 
-def native_stacks(first: int | None) -> str:
-    """The stacks of this process as py-spy sees them, that of the thread `first` before the others; empty where it sees none."""
+def cut(text: str) -> str:
+    """As much of a text as a record may hold."""
+    return text if len(text) <= MAX_STACKS else f"{text[: MAX_STACKS - 4]}\n..."
+
+
+def native_stacks(first: int | None, pid: int | None = None) -> str:
+    """The stacks of this process, or of another one, as py-spy sees them; that of our thread `first` before the others.
+
+    Empty where it sees none.
+    """
     found = shutil.which("py-spy", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
     if found is None:
         return ""
-    command = [sys.executable, "-I", "-S", __file__, found, str(os.getpid()), str(PATIENCE_S)]
+    command = [sys.executable, "-I", "-S", __file__, found, str(pid or os.getpid()), str(PATIENCE_S)]
     try:
         # Its own bound holds; this one is for a system that gives it no time at all.
         done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=2 * PATIENCE_S, check=False)  # noqa: S603
@@ -37,11 +46,11 @@ def native_stacks(first: int | None) -> str:
     head, *threads = done.stdout.decode(errors="replace").replace("\n\nThread ", "\nThread ").split("\nThread ")
     threads.sort(key=lambda text: text.split(maxsplit=1)[0] != native_ids.get(first))
     lines = "\n\nThread ".join(["py-spy: " + head.partition("\n")[0], *threads]).splitlines()
-    return "\n".join(line[:MAX_LINE] for line in lines).rstrip()
+    return cut("\n".join(line[:MAX_LINE] for line in lines).rstrip())
 
 
 def _supervise(tool: str, pid: str, patience_s: str) -> int:
-    """Run py-spy on the parent; if that takes too long, end it, and let the parent go on: it may have been left stopped."""
+    """Run py-spy; if that takes too long, end it, and let the parent, should it be about that, go on: it may have been left stopped."""
     command = [tool, "dump", "--native", "--pid", pid]
     try:
         done = subprocess.run(command, stdin=subprocess.DEVNULL, timeout=float(patience_s), check=False)  # noqa: S603 - a tool of the user's

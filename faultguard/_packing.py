@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
+from collections import Counter, OrderedDict
 from typing import TYPE_CHECKING, Any
 
 from ray import cloudpickle
@@ -16,16 +18,22 @@ from faultguard import _codec, _ray
 from faultguard.errors import CheckpointNotSerializableError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
 __all__ = ["digests", "pack", "unpack"]
 
 MAX_BYTES = 1 << 20
+MAX_CONTAINERS = 1 << 15  # of one argument that is compared
 _DIGEST_CHARS = 16
+_CONTAINERS = frozenset({list, tuple, dict, Counter, OrderedDict})
 
 
 class _NotPackableError(Exception):
     """Too large, or Ray must see it."""
+
+
+class _TooManyError(Exception):
+    """It holds more containers than are looked at."""
 
 
 class _Bounded(io.BytesIO):
@@ -83,20 +91,20 @@ def digests(arguments: Mapping[str, Any], *, small: bool) -> dict[str, str]:
 
 
 def _digest(value: Any, name: str) -> str:
-    """Of a value of any size; empty where it is none that the codec takes."""
+    """Of a value of any size; empty where it is none that the codec takes, or none that is written in reasonable time."""
     try:
-        return hashlib.sha256(_codec.encode(_sorted(value), path=name)).hexdigest()[:_DIGEST_CHARS]
-    except CheckpointNotSerializableError:
+        return hashlib.sha256(_codec.encode(_sorted(value, itertools.count()), path=name)).hexdigest()[:_DIGEST_CHARS]
+    except (CheckpointNotSerializableError, _TooManyError):
         return ""
 
 
-def _sorted(value: Any, levels: int = _codec.MAX_DEPTH) -> Any:
-    """A value in which equal dicts have one order."""
-    if levels == 0:  # or it contains itself, which the codec refuses
+def _sorted(value: Any, visited: Iterator[int], levels: int = _codec.MAX_DEPTH) -> Any:
+    """A value in which equal dicts have one order. What is shared is packed once, but written as often as it is met."""
+    if type(value) not in _CONTAINERS or levels == 0:  # so deep that the codec refuses it
         return value
+    if next(visited) == MAX_CONTAINERS:
+        raise _TooManyError
     if type(value) in {list, tuple}:
-        return type(value)(_sorted(item, levels - 1) for item in value)
-    if type(value) is dict:
-        items = [(_codec.encode(key), key, _sorted(item, levels - 1)) for key, item in value.items()]
-        return {key: item for _, key, item in sorted(items, key=lambda item: item[0])}
-    return value
+        return type(value)(_sorted(item, visited, levels - 1) for item in value)
+    items = [(key, _sorted(item, visited, levels - 1)) for key, item in value.items()]
+    return type(value)(dict(items if type(value) is OrderedDict else sorted(items, key=lambda item: _codec.encode(item[0]))))

@@ -11,11 +11,14 @@ import signal
 import time
 from dataclasses import dataclass
 
-from faultguard import _marks
+import msgspec
+
+from faultguard import _marks, _ray
 from faultguard._core.silence import Held, Look, Verdict, judge
+from faultguard._native import native_stacks
 from faultguard._process import ProcessId, is_dead, is_stopped, is_traced, opened
 
-__all__ = ["SETTLE_S", "Answer", "Silent", "probe", "survey"]
+__all__ = ["SETTLE_S", "Answer", "Silent", "ending_of", "probe", "survey"]
 
 SETTLE_S = 1.0  # a process that was just continued marks its file within this time, also on a busy machine
 STOP_S = 2.0  # a signal may have to wait for a disk
@@ -24,7 +27,7 @@ POLL_S = 0.005
 
 @dataclass(frozen=True, slots=True)
 class Silent:
-    """A worker that nothing is heard of, the process that held it, and when an earlier probe saw it run and stand still."""
+    """A worker that nothing is heard of, the process that held it, and since when earlier probes saw it as it is."""
 
     worker: Held
     process: ProcessId
@@ -37,6 +40,16 @@ class Answer:
 
     verdict: Verdict
     stood: Look | None = None
+
+
+class Ending(msgspec.Struct, frozen=True):
+    """Why a probe has ended a process, and where its threads stood, as far as that could be seen from outside."""
+
+    cause: str
+    stacks: str = ""
+
+
+_CAUSES = {Verdict.KILL_STOPPED: "stopped", Verdict.KILL_STALLED: "stall"}
 
 
 def probe(silent: list[Silent], timeout_s: float, settle_s: float = SETTLE_S) -> list[Answer]:
@@ -73,31 +86,50 @@ def _look(process: ProcessId) -> Look:
 
 def _decide(silent: Silent, first: Look, timeout_s: float) -> Answer:
     second = _look(silent.process)
-    stood = silent.stood if silent.stood is not None and silent.stood.mark == second.mark else first
-    verdict = _carry_out(silent, judge(silent.worker, first if first.stopped else stood, second, timeout_s), second)
-    return Answer(verdict, stood if not (first.stopped or second.stopped) else None)
+    known, seen = silent.stood, (second.mark, second.stopped)
+    stood = known if known is not None and (known.mark, known.stopped) == seen == (first.mark, first.stopped) else first
+    verdict = _carry_out(silent, judge(silent.worker, stood, second, timeout_s), second)
+    return Answer(verdict, stood if stood.stopped == second.stopped else None)
+
+
+def ending_of(process: ProcessId) -> Ending | None:
+    """What the probe that has ended a process says of that; None: it was none of ours."""
+    data = _ray.kv_get(_key(process))
+    return msgspec.json.decode(data, type=Ending) if data is not None else None
+
+
+def _note(process: ProcessId, verdict: Verdict, seen: str) -> None:
+    """For the attempt that comes after it: the process itself cannot say anything any more."""
+    if _ray.is_ready():
+        _ray.kv_put(_key(process), msgspec.json.encode(Ending(_CAUSES[verdict], seen)))
+
+
+def _key(process: ProcessId) -> str:
+    return f"ended:{process.boot_id}:{process.pid}:{process.start_time}"
 
 
 def _carry_out(silent: Silent, verdict: Verdict, second: Look) -> Verdict:
     if not verdict.kills:
         return verdict
+    seen = native_stacks(None, silent.process.pid) if verdict is Verdict.KILL_STALLED else ""
     with opened(silent.process) as descriptor:
         if descriptor is None:
             return Verdict.GONE if is_dead(silent.process) else Verdict.UNKNOWN
         try:
-            return _end(silent.process, descriptor, second, verdict)
+            return _end(silent.process, descriptor, second, verdict, seen)
         except PermissionError:
             return Verdict.UNKNOWN
         except ProcessLookupError:
             return Verdict.GONE
 
 
-def _end(process: ProcessId, descriptor: int, last: Look, verdict: Verdict) -> Verdict:
+def _end(process: ProcessId, descriptor: int, last: Look, verdict: Verdict, seen: str) -> Verdict:
     """Stop it, look once more, and end it or let it go on."""
     signal.pidfd_send_signal(descriptor, signal.SIGSTOP)
     try:
         stands = _wait_until_stopped(process.pid) and _marks.read(process) == last.mark
         if stands:
+            _note(process, verdict, seen)
             signal.pidfd_send_signal(descriptor, signal.SIGKILL)
             return verdict
     finally:  # whatever cuts this: nothing stays stopped that ran; a killed one does not care

@@ -153,7 +153,9 @@ def alive_nodes() -> list[str]:
 
 def is_restarted() -> bool:
     """Whether the actor of this process took the place of an earlier process of its."""
-    return bool(ray.get_runtime_context().was_current_actor_reconstructed)
+    actor_id = ray.get_runtime_context().get_actor_id()
+    info = ray._private.state.actors(actor_id)  # noqa: SLF001 - the public name warns of itself
+    return bool(info and info["NumRestarts"])
 
 
 def death_of(ray_worker: str) -> str:

@@ -294,11 +294,14 @@ class RecoverableFunction(Generic[P, R]):
         """A node of a Ray DAG."""
         settings = _session.settings_to_submit()
         header = self._header(settings, self._signature.bind(*args, **kwargs), small=False)
+        named = _session.named_run(settings)
+        if named is not None and header.worker_id is not None:
+            named.submits(self._options.name, header.worker_id)  # nobody sees when it is executed
         return self._remote(settings).bind(msgspec.json.encode(header), None, *args, **kwargs)
 
     def _from_the_record(self, header: _Header) -> tuple[Any] | None:
         """What `.remote()` gives for a worker that was completed before this driver began, in a tuple; None: it is to be run."""
-        named, worker_id = _session.named_run(), header.worker_id
+        named, worker_id = _session.named_run(header.settings), header.worker_id
         if named is None or worker_id is None:
             return None
         outcome = named.recorded(self._options.name, worker_id) if not header.afresh else None
@@ -492,11 +495,13 @@ def _check_submission(function: Callable[..., Any], options: TaskOptions, invoca
 
 def _submits(settings: Settings, options: TaskOptions, bound: inspect.BoundArguments) -> None:
     """Below `@ray.remote`, in a named run: the worker needs an id, and the run is not over before it has completed."""
-    if any(_ray.is_ref(value) for value in (*bound.args, *bound.kwargs.values())):
+    parameter = options.worker_id or "worker_id"
+    asked = (*bound.args, *bound.kwargs.values()) if callable(parameter) else (bound.arguments.get(parameter),)
+    if any(_ray.is_ref(value) for value in asked):
         return  # whose values only the task sees
     worker_id = _worker_id(options, bound)
     _check_id(settings, options, worker_id)
-    named = _session.named_run()
+    named = _session.named_run(settings)
     if named is not None and worker_id is not None:
         named.submits(options.name, worker_id)
 

@@ -103,24 +103,26 @@ def init(
     if not _ray.is_driver():
         msg = "faultguard.init() belongs into the driver, not into a task; tasks take over what the driver decided"
         raise UsageError(msg)
-    if _session.driver_settings_or_none() is not None:
-        msg = (
-            "faultguard.init() is refused: this driver has a run already; call faultguard.shutdown() first, or init() before the first task"
+    with _session.starting():
+        if _session.driver_settings_or_none() is not None:
+            msg = (
+                "faultguard.init() is refused: this driver has a run already; call faultguard.shutdown() first, or init() before the first "
+                "task"
+            )
+            raise UsageError(msg)
+        return Run(
+            start_run(
+                run,
+                checkpoint_dir,
+                resume=resume,
+                takeover=takeover,
+                max_failures=max_failures,
+                heartbeat_interval=heartbeat_interval,
+                heartbeat_timeout=heartbeat_timeout,
+                check_args=check_args,
+                progress=progress,
+            )
         )
-        raise UsageError(msg)
-    return Run(
-        start_run(
-            run,
-            checkpoint_dir,
-            resume=resume,
-            takeover=takeover,
-            max_failures=max_failures,
-            heartbeat_interval=heartbeat_interval,
-            heartbeat_timeout=heartbeat_timeout,
-            check_args=check_args,
-            progress=progress,
-        )
-    )
 
 
 def start_run(
@@ -144,11 +146,16 @@ def start_run(
 
         named = NamedRun.enter(settings, resume=how, takeover=take, say=say)
         settings, line = named.settings, named.line
-    _session.set_driver_settings(settings, named)
+    try:
+        _settings.publish(settings)
+        _session.set_driver_settings(settings, named)
+    except BaseException:  # then this driver has no run, and keeps no other one from it
+        if named is not None:
+            named.give_up()
+        raise
     if not _hooked:
         _hooked = True
         atexit.register(_at_exit)
-    _settings.publish(settings)
     say(line)
     return settings
 

@@ -28,8 +28,10 @@ __all__ = [
     "entered",
     "leave_all",
     "named_run",
+    "run_has_ended",
     "set_driver_settings",
     "settings_to_submit",
+    "starting",
 ]
 
 
@@ -126,9 +128,28 @@ def driver_settings() -> Settings:
         return settings
 
 
-def named_run() -> NamedRun | None:
-    """The named run that this driver has; None in an unnamed one, and in tasks."""
-    return _named
+def named_run(settings: Settings) -> NamedRun | None:
+    """The named run of this driver to which `settings` belong; None in an unnamed one, and in tasks.
+
+    Raises:
+        UsageError: another thread has ended it meanwhile.
+    """
+    named = _named
+    if not settings.named or not _ray.is_driver():
+        return None
+    if named is None or named.settings.epoch != settings.epoch:
+        raise run_has_ended(settings.run)
+    return named
+
+
+def run_has_ended(run: str) -> UsageError:
+    """What a thread gets that submits to a run while another one ends it: nobody would wait for that work."""
+    return UsageError(f"run {run!r} has ended while work was submitted to it; call faultguard.shutdown() when all is submitted")
+
+
+def starting() -> threading.RLock:
+    """Held by the thread that starts a run: two of them would take a named one from each other."""
+    return _lock
 
 
 def set_driver_settings(settings: Settings | None, named: NamedRun | None = None) -> None:

@@ -17,7 +17,7 @@ import traceback
 from typing import TYPE_CHECKING, Any
 
 from faultguard._core.schedule import NOW
-from faultguard._native import native_stacks
+from faultguard._native import cut, native_stacks
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from faultguard._core.schedule import Schedule
 
 __all__ = ["Section", "StallGuard", "first_stack", "stacks"]
-
-MAX_STACKS = 8192  # characters, for a record; as many again for those with C frames
 
 
 class StallGuard:
@@ -110,6 +108,10 @@ class StallGuard:
         """End what `lend` began."""
         self._lent -= 1
         self.resume()
+        self._changed()
+
+    def loop_begins(self) -> None:
+        """A loop is timed from here on."""
         self._changed()
 
     def loop_over(self) -> None:
@@ -275,13 +277,9 @@ def stacks(first: int | None, *, native: bool = False) -> str:
     frames = sys._current_frames()  # noqa: SLF001 - the documented way
     order = sorted(frames, key=lambda ident: (ident != first, str(names.get(ident)).startswith("faultguard-"), ident))
     parts = [f"Thread {names.get(ident, ident)}:\n{''.join(traceback.format_stack(frames[ident]))}" for ident in order]
-    text = _cut("\n".join(parts))
+    text = cut("\n".join(parts))
     seen = native_stacks(first) if native else ""
-    return f"{text}\n\n{_cut(seen)}" if seen else text
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= MAX_STACKS else f"{text[: MAX_STACKS - 4]}\n..."
+    return f"{text}\n\n{seen}" if seen else text
 
 
 def first_stack(text: str) -> str:

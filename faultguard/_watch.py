@@ -52,7 +52,7 @@ class _Live:
     heard: float
     heard_at: float
     silent: bool = False
-    doubted: bool = False  # a probe on its node did not find its process, or could not be made
+    doubted: bool = False  # a probe on its node did not find its process
     adopted: bool = False  # it never said so itself
     told_s: float = 0.0  # within which its next beat comes: as it is told now, or, should that be lost, as it was told before
 

@@ -174,7 +174,7 @@ class Ledger:
     def _in_turn(self, first: Grant, second: Grant) -> bool:
         """Whether both are of one task, and none of another task came between."""
         between = {task for moment, task in self.heads if first.landed <= moment <= second.landed}
-        return between == {first.owner.task_id}
+        return between == {_task(first.owner)}
 
     def _check_fence(self, grant: Grant, promise: Promise) -> None:
         if promise.claim_landed < grant.landed < promise.landed:
@@ -194,6 +194,11 @@ class Ledger:
 
 def _order(owner: Owner) -> tuple[int, int]:
     return owner.ray_attempt, owner.local_retry
+
+
+def _task(owner: Owner) -> str:
+    """A task of Ray's, of one driver."""
+    return f"{owner.task_id}e{owner.epoch}"
 
 
 # --- one incarnation ------------------------------------------------------------------------------------------------
@@ -537,12 +542,13 @@ class World:
             name = names[task % len(names)]
         else:
             self._epoch += kind == "driver"
-            name = f"t{len(names) + 1}e{self._epoch}"
+            before = sum(name.endswith(f"e{self._epoch}") for name in names)
+            name = f"t{before + 1}e{self._epoch}"  # a driver in a new cluster gives the ids of an older one again
             self._tasks[name] = 0
         attempt = self._tasks[name]
         self._tasks[name] += 1
         epoch = int(name.rpartition("e")[2])
-        new = Incarnation(self, Owner(f"{name}.{attempt}", task_id=name, ray_attempt=attempt, epoch=epoch))
+        new = Incarnation(self, Owner(f"{name}.{attempt}", task_id=name.partition("e")[0], ray_attempt=attempt, epoch=epoch))
         self.incarnations.append(new)
         self.say(f"{new.name}: starts")
         return new
@@ -649,7 +655,7 @@ class World:
         if newest:
             self.ledger.follows(record, self._head, now)
         self._head = record
-        self.ledger.heads.append((now, record.owner.task_id))
+        self.ledger.heads.append((now, _task(record.owner)))
         if record.life in self.ledger.completed:
             raise Violation(f"G4: record {number} comes after the outcome of life {record.life}")
         if record.ended is not None and not record.ended.charged:
@@ -950,6 +956,11 @@ VARIANTS = {
         "faultguard._core.log",
         "if owner.writer == me.owner.writer:",
         "if False:",
+    ),
+    "older driver admitted": Variant(
+        "faultguard._core.log",
+        'return "claim" if me.owner.epoch > owner.epoch else "refuse"',
+        'return "claim"',
     ),
     "older driver admitted after an end": Variant(
         "faultguard._core.log",

@@ -37,7 +37,7 @@ from faultguard._core.records import decode_record
 from tests.nodes import Nodes, alive, some_nodes
 from tests.soak_check import KILLED_BY_US, Fault, problems_of
 from tests.soak_tasks import DECORATED, KINDS, ORDERS, Job, Limits, PlannedError, decorated, start_server, undecorated
-from tests.tasks import end_manager, expected, manager_pid, open_files, our_threads, wait_until
+from tests.tasks import expected, manager_pid, open_files, our_threads, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from faultguard._core.records import Record
 
 NODES = 2  # that work; the third is the head
-WAIT_S = 180  # for what must come; a machine with other work on it is slow
+WAIT_S = 300  # for what must come; a machine with other work on it is slow
 CLOSING_S = 600  # for all to complete
 PAUSE_S = 2.0
 PR_SET_CHILD_SUBREAPER = 36
@@ -200,6 +200,11 @@ class Soak:
             with self._lock:
                 self._busy.discard(job.worker_id)
 
+    def is_busy(self, job: Job) -> bool:
+        """Whether something happens to it just now."""
+        with self._lock:
+            return job.worker_id in self._busy
+
     def hit(self, kind: str, job: Job, note: dict[str, Any]) -> None:
         """Note that something happens to the process of a worker, before it does."""
         self.faults.append(Fault(kind, job.worker_id, note["attempt"], note["pid"]))
@@ -207,8 +212,17 @@ class Soak:
     def wait_replaced(self, kind: str, job: Job, attempt: int) -> None:
         """Until a later attempt works, or the worker is done."""
         began = time.monotonic()
-        wait_until(lambda: self.newest(job).get("attempt", 0) > attempt or not self.is_live(job), WAIT_S)
+        try:
+            wait_until(lambda: self.newest(job).get("attempt", 0) > attempt or not self.is_live(job), WAIT_S)
+        except AssertionError as late:
+            raise AssertionError(f"{job.worker_id} ({job.kind}) was not replaced: {self.seen_of(job)}") from late
         self.took[kind].append(time.monotonic() - began)
+
+    def seen_of(self, job: Job) -> str:
+        """What can be seen of a worker that does not get on: its last note, its process, and what that says of itself."""
+        note = self.newest(job)
+        marks = (Path(self.nodes.directory) / "session_latest" / "faultguard").glob(f"{note['pid']}-*.json")
+        return f"{note}, runs: {runs(note['pid'])}, {time.monotonic():.0f}: {[mark.read_text('utf-8') for mark in marks]}"
 
     def wait_goes_on(self, kind: str, job: Job, note: dict[str, Any]) -> None:
         """Until it has gone on for some batches, in whatever attempt."""
@@ -328,10 +342,10 @@ def told_to_cancel(job: Job) -> bool:
 # --- faults of nodes ------------------------------------------------------------------------------------------------
 
 
-def workers_on(soak: Soak, node: Any, kinds: frozenset[str] = frozenset(KINDS)) -> list[Job]:
+def workers_on(soak: Soak, node: Any) -> list[Job]:
     """Whose newest attempt is there."""
     with soak._lock:
-        jobs = [job for job in soak.live.values() if job.kind in kinds]
+        jobs = list(soak.live.values())
     return [job for job in jobs if soak.newest(job, "begin").get("node") == node.node_id]
 
 
@@ -343,10 +357,15 @@ def take_away(soak: Soak, node: Any, kind: str) -> None:
     soak.say(f"{kind}: {node.node_id[:8]} with {', '.join(job.worker_id for job in workers_on(soak, node))}")
 
 
-def wait_left(soak: Soak, node: Any, kind: str, kinds: frozenset[str] = frozenset(KINDS)) -> None:
-    """Until nobody's newest attempt is on the node."""
+def wait_left(soak: Soak, node: Any, kind: str, *, free_only: bool = False) -> None:
+    """Until nobody's newest attempt is on the node; `free_only`: of those that leave by themselves and are not disturbed."""
     began = time.monotonic()
-    wait_until(lambda: not workers_on(soak, node, kinds), WAIT_S)
+
+    def left() -> bool:
+        jobs = workers_on(soak, node)
+        return not jobs or (free_only and all(soak.is_busy(job) or job.kind not in DECORATED for job in jobs))
+
+    wait_until(left, WAIT_S)
     soak.took[kind].append(time.monotonic() - began)
 
 
@@ -388,13 +407,16 @@ def freeze_node(soak: Soak, rng: random.Random, kind: str) -> None:
 
 
 def drain_node(soak: Soak, rng: random.Random, kind: str) -> None:
-    """Say that a node will be taken away, and do it when whoever can has left."""
+    """Say that a node will be taken away, and do it when whoever can has left: all decorated ones to whom nothing else happens.
+
+    Ray starts nothing on such a node, a probe neither: who is stopped or hangs there goes with the node.
+    """
     replace_lost(soak)
     node = rng.choice(soak.workers)
     take_away(soak, node, kind)
     soak.nodes.drain(node, 600)
     soak.add_node()
-    wait_left(soak, node, kind, DECORATED)
+    wait_left(soak, node, kind, free_only=True)
     soak.nodes.remove(node)
     wait_left(soak, node, "drained, then killed")
 
@@ -419,17 +441,27 @@ def runs(pid: int) -> bool:
 # --- faults of what all share ---------------------------------------------------------------------------------------
 
 
+def pid_of_manager() -> int | None:
+    """None where it does not answer in time: it may be starting, on a machine that is busy."""
+    try:
+        return manager_pid()
+    except (ray.exceptions.GetTimeoutError, faultguard.ManagerUnavailableError):
+        return None
+
+
 def kill_manager(soak: Soak, rng: random.Random, kind: str) -> None:
     """It comes back when somebody asks for it."""
+    pid = wait_until(pid_of_manager, WAIT_S)
+    soak.say(f"{kind}: pid {pid}")
+    os.kill(pid, signal.SIGKILL)
     began = time.monotonic()
-    soak.say(f"{kind}: pid {end_manager()}")
-    manager_pid()
+    wait_until(pid_of_manager, WAIT_S)
     soak.took[kind].append(time.monotonic() - began)
 
 
 def freeze_manager(soak: Soak, rng: random.Random, kind: str) -> None:
     """It hears nothing for three times the timeout, and must not take that for silence."""
-    pid = manager_pid()
+    pid = wait_until(pid_of_manager, WAIT_S)
     soak.say(f"{kind}: pid {pid}")
     os.kill(pid, signal.SIGSTOP)
     try:
@@ -437,7 +469,7 @@ def freeze_manager(soak: Soak, rng: random.Random, kind: str) -> None:
     finally:
         os.kill(pid, signal.SIGCONT)
     began = time.monotonic()
-    manager_pid()
+    wait_until(pid_of_manager, WAIT_S)
     soak.took[kind].append(time.monotonic() - began)
 
 

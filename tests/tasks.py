@@ -56,7 +56,8 @@ class Trace:
         """The notes so far, in order."""
         if not Path(self.path).exists():
             return []
-        notes = [json.loads(line) for line in Path(self.path).read_text("utf-8").splitlines()]
+        text = Path(self.path).read_text("utf-8")
+        notes = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]  # the last one may be just being written
         return [n for n in notes if what in {None, n["what"]} and worker in {None, n["worker"]}]
 
     def begins(self, worker: str) -> list[int]:
@@ -242,6 +243,12 @@ def open_files() -> dict[int, str]:
         with contextlib.suppress(OSError):  # the one that lists them
             found[int(link.name)] = str(link.readlink())
     return found
+
+
+def may_look_at_parents() -> bool:
+    """Whether the kernel lets a child look at its parent, as py-spy does."""
+    scope = Path("/proc/sys/kernel/yama/ptrace_scope")
+    return os.geteuid() == 0 or not scope.exists() or scope.read_text("ascii").strip() == "0"
 
 
 def first_line(texts: Iterable[str], part: str) -> str:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # type: ignore[no-untyped-call] # workers cannot import a test
 
-BOUND_S = 30.0
+BOUND_S = 60.0
 THREAD = "faultguard-beater"
 QUICK: dict[str, Any] = {"heartbeat_interval": 0.2, "heartbeat_timeout": 2.0}
 
@@ -275,6 +275,34 @@ def test_one_call_in_flight(fake: FakeManager, beating: Callable[[FakeSource], F
     assert len(fake.calls) == 1
     fake.slow = False
     wait_until(lambda: len(fake.calls) > 2)
+
+
+def test_the_first_beat_is_waited_for(fake: FakeManager, beating: Callable[[FakeSource], FakeSource]) -> None:
+    """Who asks for it has it before it is due, and does not wait for a second one."""
+    source = FakeSource(settings("hurried"))
+    beating(source)
+    _beater.hurry(source, BOUND_S)
+    assert fake.calls
+    _beater.hurry(source, threading.TIMEOUT_MAX)
+
+
+@pytest.mark.parametrize("trouble", ["frozen", "gone"])
+def test_where_nobody_listens_nobody_waits(
+    trouble: str, fake: FakeManager, beating: Callable[[FakeSource], FakeSource], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A manager that does not answer, or cannot be reached, holds up no work."""
+    monkeypatch.setattr(_beater, "REPLY_S", 0.01)
+    monkeypatch.setattr(_beater, "STUCK_S", 0.05)
+    beating(FakeSource(settings(trouble), "before"))
+    if trouble == "frozen":
+        fake.slow = True
+        wait_until(lambda: fake.calls)
+    else:
+        fake.alive, fake.forgotten = False, 1
+    source = beating(FakeSource(settings(trouble), "after"))
+    _beater.hurry(source, BOUND_S)
+    assert _beater._clients[id(source)].tried.is_set()
+    assert "after" not in {said["worker_id"] for call in fake.calls for said in call}
 
 
 def test_reply_that_never_comes_is_an_outage(

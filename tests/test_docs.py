@@ -66,6 +66,11 @@ def test_the_recommended_settings_are_those_of_the_page() -> None:
     """Who copies them from there gets what `recommended_ray_env` says."""
     page = (ROOT / "docs" / "nodes.md").read_text("utf-8")
     assert dict(re.findall(r'name: (RAY_\w+), value: "(\d+)"', page)) == faultguard.recommended_ray_env()
+    (line,) = re.findall(r"^eval .*$", page, re.MULTILINE)
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    command = ["bash", "-c", f"{line}; env"]
+    done = subprocess.run(command, env={"PATH": path}, capture_output=True, text=True, timeout=200, check=True, cwd=ROOT)
+    assert {f"{name}={value}" for name, value in faultguard.recommended_ray_env().items()} <= set(done.stdout.splitlines())
 
 
 def test_readme_is_short() -> None:

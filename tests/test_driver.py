@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,10 +18,11 @@ import faultguard
 from faultguard._core.records import Record, decode_record, encode_record
 from faultguard._manager import find, manager_name
 from faultguard._session import current_settings
-from tests.tasks import NOWAIT, manager_pid, open_files, our_threads, records, wait_until
+from tests.tasks import NOWAIT, Trace, hang, manager_pid, open_files, our_threads, records, wait_until
 
 if TYPE_CHECKING:
     from faultguard import Run
+    from tests.conftest import StartRun
 
 pytestmark = pytest.mark.ray
 
@@ -155,6 +158,55 @@ def test_nothing_stays_in_a_process(run: Run, beats: bool) -> None:
     ours = [path for path in after.values() if run.checkpoint_dir in path]
     assert not ours
     assert len(after) <= len(before) + 3  # Ray's own connections come and go
+
+
+@faultguard.recoverable(every=1, max_failures=1, stall_timeout=0.5, backoff=NOWAIT)
+@ray.remote(num_cpus=4)
+def ends_badly(worker_id: str, trace: Trace) -> int:
+    """Stalls, is cancelled, or fails for good, with every kind of thing open."""
+    ckpt = faultguard.current()
+    with faultguard.checkpointed(f"{worker_id} inside", stall_timeout=0.5) as block, ckpt.section("part", timeout=60):
+        for _ in block.batches(range(3)):
+            trace.note("batch", worker_id, attempt=ckpt.attempt, batch=0)
+            if worker_id == "fails":
+                raise ValueError("planned")
+            if worker_id == "cancelled" or ckpt.attempt == 1:
+                with ckpt.section("no limit", timeout=None) if worker_id == "cancelled" else contextlib.nullcontext():
+                    hang()
+    return os.getpid()
+
+
+@ray.remote(num_cpus=4)
+def look_closely() -> dict[str, Any]:
+    """Everything that this library could have left in the process, and beside it."""
+    from faultguard import _attempt, _beater, _journal, _marks, _ray, _session, _watcher
+
+    children = Path(f"/proc/self/task/{os.getpid()}/children").read_text("ascii").split()
+    marks = Path(_ray.session_dir(), "faultguard").glob(f"{os.getpid()}-*")
+    kept = (_attempt._held_here, _beater._clients, _watcher._clients, _journal._writer._clients, _marks._said, _session.context())
+    return {
+        "threads": our_threads(),
+        "children": children,
+        "marks": list(marks),
+        "kept": [each for each in kept if each],
+        "pid": os.getpid(),
+    }
+
+
+def test_nothing_stays_of_what_ended_badly(start_run: StartRun, trace: Trace) -> None:
+    """After a stall, a cancel and a failure for good the process is as it was, and the next task of it is not hit."""
+    start_run(heartbeat_interval=0.2)
+    pid = ray.get(look_closely.remote(), timeout=60)["pid"]
+    assert ray.get(ends_badly.remote("stalls", trace), timeout=60) == pid
+    with pytest.raises(ValueError, match="planned"):
+        ray.get(ends_badly.remote("fails", trace), timeout=60)
+    ref = ends_badly.remote("cancelled", trace)
+    wait_until(lambda: trace.notes("batch", "cancelled"))
+    faultguard.cancel("cancelled inside")
+    with pytest.raises(ray.exceptions.TaskCancelledError):
+        ray.get(ref, timeout=60)
+    found = wait_until(lambda: (seen := ray.get(look_closely.remote(), timeout=60)) and not seen["threads"] and seen)
+    assert found == {"threads": [], "children": [], "marks": [], "kept": [], "pid": pid}
 
 
 def test_no_actor_stays_when_the_run_is_over(run: Run) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 import faultguard
-from faultguard import UsageError, _ray
+from faultguard import UsageError, _lease, _ray
+from tests.tasks import wait_until
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -69,3 +72,38 @@ def test_one_run_at_a_time(run: faultguard.Run) -> None:
     with pytest.raises(UsageError, match=r"this driver has a run already; call faultguard.shutdown\(\) first"):
         faultguard.init()
     assert faultguard.workers() == []
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("name", [None, "nightly"], ids=["unnamed", "named"])
+def test_a_start_that_fails_leaves_no_run(ray_cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str | None) -> None:
+    """The cluster cannot be told: the driver has no run, nobody has the named one, and the next try works."""
+    with monkeypatch.context() as failing:
+        failing.setattr(_ray, "kv_put", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            faultguard.init(run=name, checkpoint_dir=tmp_path)
+    assert not _lease._lessor._clients
+    with faultguard.init(run=name, checkpoint_dir=tmp_path) as run:
+        assert run.instance == (name is not None)
+
+
+@pytest.mark.ray
+def test_two_threads_start_one_run(ray_cluster: str, tmp_path: Path) -> None:
+    """The second is refused, as one after the other would be: it must not take the run from its own process."""
+    begun = []
+
+    def begin() -> object:
+        """One of the threads."""
+        begun.append(threading.current_thread())
+        wait_until(lambda: len(begun) == 2)
+        try:
+            return faultguard.init(run="nightly", checkpoint_dir=tmp_path)
+        except UsageError as error:
+            return error
+
+    try:
+        with ThreadPoolExecutor(2) as pool:
+            got = [future.result() for future in [pool.submit(begin) for _ in range(2)]]
+        assert sorted(type(one).__name__ for one in got) == ["Run", "UsageError"]
+    finally:
+        faultguard.shutdown()

@@ -452,6 +452,10 @@ FAILED = record(6, "end", owner=CLAIM.owner, outcome=Outcome("failed"))
         (LEFT, claimant("t2", epoch=3), "claim"),
         (CLAIM, claimant("t2", epoch=4), "claim"),
         (CLAIM, claimant("t2", epoch=2), "refuse"),
+        (CLAIM, claimant("t1", epoch=4), "claim"),  # of a new cluster, which gives the same ids
+        (CLAIM, claimant("t1", attempt=9, epoch=2), "refuse"),
+        (FAILED, claimant("t1", epoch=4, named_run=True), "claim"),
+        (FAILED, claimant("t1", attempt=9, epoch=2, named_run=True), "refuse"),
         (LEFT, claimant("t2", epoch=2), "refuse"),
         (CLAIM, claimant("t2", epoch=1, always=True), "claim"),
         (COMPLETED, claimant(attempt=7, epoch=3), "outcome"),
@@ -537,6 +541,17 @@ def test_a_completed_worker_begins_a_new_life_in_an_unnamed_run() -> None:
     answer = store.run(claim(claimant("t2"), 0.0))
     assert (answer.held.life, answer.held.attempt, answer.held.charged, answer.snapshot) == (2, 1, 0, None)
     assert store.run(claim(claimant("t3", named_run=True, gone=answer.held.token), 0.0)).held.life == 2
+
+
+def test_a_worker_is_started_over_by_a_task_that_has_the_id_of_an_older_drivers_task() -> None:
+    """A new cluster gives the ids of an old one again: such a task is another one, and its own next attempts resume."""
+    store = Store()
+    store.run(save(held_by(store, claimant()), snapshot(2), 0.0))
+    over = held_by(store, claimant(epoch=3, afresh=True))
+    assert (over.life, over.durable) == (2, None)
+    store.run(save(over, snapshot(1), 0.0))
+    again = held_by(store, claimant(attempt=1, epoch=3, afresh=True))
+    assert (again.life, again.durable) == (2, snapshot(1))
 
 
 def test_a_claim_never_points_to_a_claim_without_a_state() -> None:

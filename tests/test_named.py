@@ -96,7 +96,7 @@ def test_an_open_run_goes_on(start_run: StartRun, trace: Trace, capfd: pytest.Ca
     assert f"(#1) goes on: opened {time.strftime('%H:')}" in said or "(#1) goes on: opened " in said
     assert f"pid {os.getpid()} (ended). 1 of 2 workers completed, 1 resume. Store" in said
     assert "faultguard: run 'nightly' (#1) closed: 2 completed (1 from the record), 0 failures survived." in said
-    assert [len(list((logs(run) / "works" / worker).iterdir())) for worker in ("good", "bad")] == [1, 1], "the ends, and nothing else"
+    assert [len(list((logs(run) / "works" / worker).iterdir())) for worker in ("good", "bad")] == [1, 2], "ends, and a claim that fences"
 
 
 @pytest.mark.parametrize(
@@ -157,6 +157,61 @@ def test_a_run_is_open_until_everything_that_was_submitted_has_completed(start_r
     assert batches(trace, "w") == batches(trace, "late") == list(range(6))
 
 
+@ray.remote(max_retries=10)
+@faultguard.recoverable
+def below(worker_id: str, n: int) -> int:
+    """Decorated below `@ray.remote`."""
+    return n
+
+
+@pytest.mark.parametrize("how", ["above", "bound", "below", "below with a reference"])
+def test_however_it_was_submitted(start_run: StartRun, trace: Trace, how: str) -> None:
+    """What the driver has submitted by whatever way, and what has not begun yet, keeps the run open."""
+    impossible: Any = (below if how.startswith("below") else works).options(num_cpus=1000)
+    with start_run(run=RUN):
+        get(below.remote("w", 3))
+        if how == "bound":
+            with pytest.warns(Warning, match=r"DAGNode.execute"):
+                impossible.bind("late", 6, trace).execute()
+        elif how == "above":
+            impossible.remote("late", 6, trace)
+        else:
+            impossible.remote("late", ray.put(3) if how.endswith("reference") else 3)
+    with start_run(run=RUN) as run:
+        assert run.instance == 1
+
+
+def test_the_environment_names_the_run(ray_cluster: str, tmp_path: Path, trace: Trace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing in the script says so: `FAULTGUARD_RUN`, and the other options of `init`."""
+    for name, value in (("RUN", RUN), ("CHECKPOINT_DIR", str(tmp_path / "c")), ("RESUME", "always")):
+        monkeypatch.setenv(f"FAULTGUARD_{name}", value)
+    trace.note("mended", "w")
+    for _ in range(2):
+        assert get(works.remote("w", 6, trace)) == expected(6)
+        faultguard.shutdown()
+    assert batches(trace, "w") == list(range(6))
+
+
+def test_what_resuming_saved(start_run: StartRun, trace: Trace, capfd: pytest.CaptureFixture[str]) -> None:
+    """Is said by the summary: the work behind what was on record."""
+    with start_run(run=RUN):
+        assert get(takes.remote("t", 1.2)) == 1
+    assert "Saved" not in capfd.readouterr().err
+    with start_run(run=RUN, resume="always"):
+        assert get(takes.remote("t", 1.2)) == 1
+    assert "1 completed (1 from the record), 0 failures survived. Saved 1 s of work." in capfd.readouterr().err
+
+
+@faultguard.recoverable(every=1)
+@ray.remote
+def takes(worker_id: str, seconds: float) -> int:
+    """A batch that takes its time."""
+    ckpt = faultguard.current()
+    for _ in ckpt.batches(range(1)):
+        time.sleep(seconds)
+    return ckpt.current_batch
+
+
 def test_a_run_without_workers_is_not_used_up(start_run: StartRun) -> None:
     """It stays open, and the next driver has the same instance."""
     for _ in range(2):
@@ -170,6 +225,54 @@ def two(worker_id: str, trace: Trace) -> tuple[int, str]:
     """Gives two objects."""
     trace.note("ran", worker_id)
     return 1, "b"
+
+
+@faultguard.recoverable
+@ray.remote
+def odd(worker_id: str, trace: Trace) -> type:
+    """Gives what cannot be recorded."""
+    for batch in faultguard.batches(range(2)):
+        trace.note("batch", worker_id, batch=batch)
+    trace.note("after", worker_id)
+    return Trace
+
+
+@pytest.mark.parametrize("worker_id", ["../../é/ x", "w" * 500, "%2E", "driver"])
+def test_any_id_is_found_again(start_run: StartRun, trace: Trace, worker_id: str) -> None:
+    """As the name of a folder it may look quite different."""
+    trace.note("mended", worker_id)
+    with start_run(run="a/b: ../é"):
+        assert get(works.remote(worker_id, 6, trace)) == expected(6)
+    with start_run(run="a/b: ../é", resume="always") as run:
+        assert run.instance == 1
+        assert get(works.remote(worker_id, 6, trace)) == expected(6)
+    assert batches(trace, worker_id) == list(range(6))
+
+
+def test_what_a_recorded_worker_gives(start_run: StartRun, trace: Trace) -> None:
+    """References as of a task: none, a list, and what cannot be cancelled any more; a wrong number is refused as by Ray."""
+    with start_run(run=RUN):
+        get(two.remote("t", trace))
+        get(odd.remote("o", trace))
+        with pytest.raises(ray.exceptions.TaskCancelledError):
+            get(cancels_itself(works.options(num_cpus=1000).remote("late", 6, trace)))
+    with start_run(run=RUN):
+        assert two.options(num_returns=0).remote("t", trace) is None
+        one = two.options(num_returns=1).remote("t", trace)
+        assert ray.cancel(one) is None
+        assert get(one) == (1, "b")
+        with pytest.raises(ValueError, match="returned 2 objects, but num_returns=3"):
+            get(two.options(num_returns=3).remote("t", trace))
+        assert get(odd.remote("o", trace)) is Trace
+    assert [note["worker"] for note in trace.notes("after")] == ["o", "o"]
+    assert len(trace.notes("ran")) == 1
+    assert batches(trace, "o") == [0, 1]
+
+
+def cancels_itself(ref: Any) -> Any:
+    """A reference that is cancelled."""
+    ray.cancel(ref)
+    return ref
 
 
 @ray.remote
@@ -197,7 +300,7 @@ def test_a_recorded_result_takes_no_slot(start_run: StartRun, trace: Trace) -> N
     assert len(trace.notes("ran")) == 1
 
 
-def test_asked_for_twice_by_one_driver(start_run: StartRun, trace: Trace, caplog: pytest.LogCaptureFixture) -> None:
+def test_asked_for_twice_by_one_driver(start_run: StartRun, trace: Trace) -> None:
     """It gets the recorded outcome, and nothing runs: in a named run an id is one piece of work."""
     trace.note("mended", "w")
     with start_run(run=RUN):
@@ -268,6 +371,8 @@ def test_an_id_is_needed(start_run: StartRun) -> None:
         for task in (nameless, nameless_below):
             with pytest.raises(faultguard.UsageError, match=r"refused in the named run 'nightly' without a worker id"):
                 task.remote(3)
+        with pytest.raises(faultguard.UsageError, match=r"refused in the named run 'nightly' without a worker id"):
+            nameless_below.remote(ray.put(3))
         assert get(nameless.options(worker_id="n").remote(3)) == 3
 
 
@@ -314,6 +419,27 @@ def test_a_block_that_is_done(start_run: StartRun, trace: Trace) -> None:
     assert batches(trace, "b") == [0, 1, 2, 3]
 
 
+def test_a_block_that_this_driver_has_done(start_run: StartRun, caplog: pytest.LogCaptureFixture) -> None:
+    """Its loops yield nothing, as in any task of the run: that is said, so that nobody takes it for work that was done."""
+
+    def seen() -> list[int]:
+        """The batches of a block of this driver."""
+        with faultguard.checkpointed("b", every=1) as ckpt:
+            return [batch for batch in ckpt.batches(range(3))]  # noqa: C416 - `list` would draw ahead
+
+    with start_run(run=RUN):
+        assert seen() == [0, 1, 2]
+        assert caplog.records == []
+        assert seen() == []
+        (warning,) = caplog.records
+        assert (
+            "'driver/b' was completed by this driver already: the loops of its block are done, and yield nothing. " in warning.getMessage()
+        )
+    with start_run(run=RUN, resume="always"):
+        assert seen() == []
+    assert len(caplog.records) == 1
+
+
 @faultguard.recoverable(every=1)
 @ray.remote(num_cpus=0.5)
 def waits(worker_id: str, trace: Trace) -> int:
@@ -326,15 +452,20 @@ def waits(worker_id: str, trace: Trace) -> int:
     return ckpt.current_batch
 
 
-def test_a_cancelled_worker_resumes(start_run: StartRun, trace: Trace) -> None:
-    """With the next driver, and that counts its own cancels, also within one process."""
+@pytest.mark.parametrize("force", [False, True])
+def test_a_cancelled_worker_resumes(start_run: StartRun, trace: Trace, force: bool) -> None:
+    """With the next driver, and that counts its own cancels, also within one process; a cancel is not charged, by force neither."""
     with start_run(run=RUN, heartbeat_interval=0.2) as run:
         ref = waits.remote("c", trace)
         wait_until(lambda: 2 in batches(trace, "c"))
-        faultguard.cancel()
-        with pytest.raises(ray.exceptions.TaskCancelledError):
+        if force:
+            wait_until(lambda: (snapshot := head(run, "waits", "c").snapshot) is not None and snapshot.batch == 2)
+            ray.cancel(ref, force=True)
+        else:
+            faultguard.cancel()
+        with pytest.raises((ray.exceptions.TaskCancelledError, ray.exceptions.WorkerCrashedError)):
             get(ref)
-        assert [state.status for state in faultguard.workers()] == ["cancelled"]
+        wait_until(lambda: [state.status for state in faultguard.workers()] == ["cancelled"])
     trace.note("go", "test")
     with start_run(run=RUN, heartbeat_interval=0.2):
         assert get(waits.remote("c", trace)) == 4

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.ray
 WAIT_S = 90
 REPOSITORY = Path(__file__).parents[1]
-WORKERS = ("quick", "waits", "fails")
+WORKERS = ("fails", "waits", "quick")  # what resumes comes first: in a new cluster it then has the ids of the same tasks in the old one
 
 
 @pytest.fixture(scope="module")
@@ -210,6 +210,36 @@ def test_a_run_is_taken_from_a_driver_that_lives(drivers: Drivers) -> None:
     drivers.end(old)
     assert drivers.results()["waits"] == expected(8)
     assert drivers.run_head().driver.pid == new.pid
+
+
+def test_four_drivers_one_after_another_that_thaw_in_any_order(drivers: Drivers) -> None:
+    """Three are frozen with their workers, in the middle of a batch, and taken over: only what the last one does counts."""
+    old: list[subprocess.Popen[bytes]] = []
+    frozen: list[int] = []
+    for number in range(4):
+        driver = drivers.start("waits", takeover=number > 0)
+        wait_until(lambda now=number: len({note["pid"] for note in stuck(drivers)}) == now + 1, WAIT_S)
+        if number < 3:
+            frozen += [driver.pid, stuck(drivers)[-1]["pid"]]
+            old.append(driver)
+            for pid in frozen[-2:]:
+                os.kill(pid, signal.SIGSTOP)
+    before = drivers.run_head()
+    drivers.trace.note("go", "test")
+    for pid in (*frozen[4:], *frozen[:4]):  # the third, the first, the second
+        os.kill(pid, signal.SIGCONT)
+    for one in (*old, driver):
+        drivers.end(one)
+    assert [(note["pid"], note["value"][0]) for note in drivers.trace.notes("result")] == [(driver.pid, expected(8)[0])]
+    assert {note["pid"] for note in drivers.trace.notes("superseded")} == {one.pid for one in old}
+    assert {note["pid"] for note in drivers.trace.notes("in use")} == {one.pid for one in old}
+    assert (drivers.run_head().kind, drivers.run_head().number) == ("closed", before.number + 1)
+    assert drivers.head("waits").owner.epoch == before.number
+
+
+def stuck(drivers: Drivers) -> list[dict[str, Any]]:
+    """Those that have come to the batch in which they wait, in order."""
+    return [note for note in drivers.trace.notes("batch", "waits") if note["batch"] == WAITS_AT]
 
 
 @pytest.mark.parametrize(

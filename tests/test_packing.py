@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import enum
 import functools
 import threading
+from collections import Counter, OrderedDict
+from collections.abc import Generator
 from typing import Any
 
 import numpy as np
 import pytest
 
 from faultguard import _ray
-from faultguard._packing import MAX_BYTES, pack, unpack
+from faultguard._packing import MAX_BYTES, digests, pack, unpack
 
 
 class Reference:
@@ -108,3 +111,101 @@ def test_references_stay_with_ray(monkeypatch: pytest.MonkeyPatch, value: object
 def test_what_cannot_be_pickled_is_left_to_ray() -> None:
     """Ray may know a serialiser for it; if not, Ray says so at `.remote()`."""
     assert pack((threading.Lock(),), {}) is None
+
+
+def digest(value: object) -> str:
+    """What goes on record of one argument; empty: nothing."""
+    return digests({"value": value}, small=pack((value,), {}) is not None).get("value", "")
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ({"a": 1, "b": [2]}, {"b": [2], "a": 1}),
+        ([{"a": {"x": 1, "y": 2}}], [{"a": {"y": 2, "x": 1}}]),
+        (Counter(a=1, b=2), Counter(b=2, a=1)),
+        (OrderedDict(a={"x": 1, "y": 2}), OrderedDict(a={"y": 2, "x": 1})),
+        ({1, "a", None}, {None, "a", 1}),
+        (float("nan"), float("nan")),
+        ([float("nan")], [float("nan")]),
+        (np.arange(3), np.arange(3)),
+        (np.asfortranarray(np.ones((2, 3))), np.ones((2, 3))),
+    ],
+)
+def test_equal_arguments_have_one_digest(one: object, other: object) -> None:
+    """However they were built, or a run that goes on would refuse its own work."""
+    assert digest(one)
+    assert digest(one) == digest(other)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (1, True),
+        (1, 1.0),
+        ([1], (1,)),
+        ("1", 1),
+        (None, "None"),
+        (OrderedDict(a=1, b=2), OrderedDict(b=2, a=1)),
+        (np.arange(3), np.arange(3.0)),
+        ([np.zeros(4)], [np.zeros((2, 2))]),
+    ],
+)
+def test_other_arguments_have_another_digest(one: object, other: object) -> None:
+    """Types and shapes included."""
+    assert digest(one)
+    assert digest(one) != digest(other)
+
+
+class Strange(list[int]):
+    """Can neither be measured nor compared."""
+
+    __hash__ = None
+
+    def __len__(self) -> int:
+        raise RuntimeError("len")
+
+    def __eq__(self, other: object) -> bool:
+        raise RuntimeError("eq")
+
+    def __iter__(self) -> Any:
+        raise RuntimeError("iter")
+
+
+class Color(enum.Enum):
+    """Of an enumeration."""
+
+    RED = "red"
+
+
+def shared(levels: int) -> list[Any]:
+    """Two to the power of `levels` lists, packed into a few bytes."""
+    value: list[Any] = [1]
+    for _ in range(levels):
+        value = [value, value]
+    return value
+
+
+def with_itself() -> list[Any]:
+    """A list that holds itself, twice."""
+    value: list[Any] = []
+    value += [value, value]
+    return value
+
+
+@pytest.mark.parametrize(
+    "value",
+    [Strange(), [Strange()], Color.RED, object(), lambda: 1, (n for n in range(3)), open, shared(50), with_itself()],
+    ids=["strange", "in a list", "enum", "object", "function", "generator", "builtin", "shared", "with itself"],
+)
+def test_what_is_not_plain_is_not_compared(value: object) -> None:
+    """And does no harm: it is neither measured, compared, used up, nor gone through for ever."""
+    assert digest(value) == ""
+    if isinstance(value, Generator):
+        assert next(value) == 0
+
+
+def test_what_is_large_is_compared_only_where_that_is_quick() -> None:
+    """Of arguments that were not packed, the short and immutable ones."""
+    found = digests({"a": 1, "b": [1], "c": "x" * 5000}, small=False)
+    assert set(found) == {"a"}

@@ -8,11 +8,13 @@ import signal
 import subprocess
 import sys
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import msgspec
 import pytest
+from msgspec.structs import replace
 
-from faultguard import _marks, _ray
+from faultguard import _marks, _probe, _ray
 from faultguard._core.silence import Held, Look, Mark, Verdict, judge
 from faultguard._probe import Silent, probe
 from faultguard._process import ProcessId, _boot_id, _stat
@@ -103,12 +105,29 @@ def test_who_stands_and_runs_is_left_alone(children: list[Child], tmp_path: Path
 
 
 def test_who_is_stopped_is_ended(children: list[Child], tmp_path: Path) -> None:
-    """If it was stopped all the time, and not only at the first look."""
+    """If it was seen so for longer than the timeout: it may have been silent before for a reason of its own."""
     child = start(children, tmp_path)
     child.popen.send_signal(signal.SIGSTOP)
     wait_until(lambda: not child.lives())
-    assert ask(child.asked()) is Verdict.KILL_STOPPED
+    (first,) = probe([child.asked()], TIMEOUT_S, SETTLE_S)
+    assert first.verdict is Verdict.STOPPED
+    assert child.popen.poll() is None
+    time.sleep(TIMEOUT_S)
+    (second,) = probe([child.asked(look=first.stood)], TIMEOUT_S, SETTLE_S)
+    assert second.verdict is Verdict.KILL_STOPPED
     assert child.popen.wait(10) == -signal.SIGKILL
+
+
+def test_what_was_stopped_between_two_probes_begins_anew(children: list[Child], tmp_path: Path) -> None:
+    """Seen to run, then seen stopped: neither was for long."""
+    child = start(children, tmp_path, kill_after_s=60.0)
+    (first,) = probe([child.asked()], TIMEOUT_S, SETTLE_S)
+    assert first.verdict is Verdict.BUSY
+    child.popen.send_signal(signal.SIGSTOP)
+    time.sleep(2 * TIMEOUT_S)
+    (second,) = probe([child.asked(look=first.stood)], TIMEOUT_S, SETTLE_S)
+    assert second.verdict is Verdict.STOPPED
+    assert child.popen.poll() is None
 
 
 def test_who_was_thawed_meanwhile_is_left_alone(children: list[Child], tmp_path: Path) -> None:
@@ -130,6 +149,34 @@ def test_a_timeout_counts_from_when_it_was_seen_to_run(children: list[Child], tm
     (second,) = probe([child.asked(look=first.stood)], TIMEOUT_S, SETTLE_S)
     assert second.verdict is Verdict.KILL_STALLED
     assert child.popen.wait(10) == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("was_stopped", [False, True])
+def test_a_sign_of_life_at_the_last_moment(
+    was_stopped: bool, children: list[Child], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It marked its file after the last look, and before it was stopped for the end: it goes on."""
+    child = start(children, tmp_path, kill_after_s=0.01)
+    if was_stopped:
+        child.popen.send_signal(signal.SIGSTOP)
+        wait_until(lambda: not child.lives())
+    (first,) = probe([child.asked()], 60.0, SETTLE_S)
+    path = tmp_path / "faultguard" / f"{child.process.pid}-{child.process.start_time}.json"
+
+    def judge_late(*arguments: Any) -> Verdict:
+        verdict = judge(*arguments)
+        mark = _marks.read(child.process)
+        assert mark is not None
+        path.write_bytes(msgspec.json.encode(replace(mark, stamp=mark.stamp + 0.01)))
+        return verdict
+
+    monkeypatch.setattr(_probe, "judge", judge_late)
+    time.sleep(TIMEOUT_S)
+    look = _probe._look(child.process)
+    stood = Look(look.now - 2 * TIMEOUT_S, exists=True, stopped=look.stopped, mark=look.mark)
+    assert first.verdict is Verdict.ALIVE
+    assert ask(child.asked(look=stood)) is Verdict.ALIVE
+    assert child.lives()
 
 
 def test_another_worker_by_now(children: list[Child], tmp_path: Path) -> None:
@@ -190,3 +237,14 @@ def test_frozen_for_longer_than_its_timeout_is_no_stall() -> None:
     assert judge(MINE, thawed, Look(501.0, exists=True, mark=mark), 60.0) is Verdict.BUSY
     assert judge(MINE, thawed, Look(503.0, exists=True, mark=mark), 60.0) is Verdict.KILL_STALLED
     assert judge(MINE, Look(500.0, exists=True, stopped=True, mark=mark), Look(503.0, exists=True, mark=mark), 60.0) is Verdict.BUSY
+
+
+def test_stopped_for_less_than_the_timeout_is_no_end() -> None:
+    """However long it was silent before: nodes are thawed process by process, and a long C call may be stopped for a moment."""
+    mark = Mark("boot", 100.0, (MINE,), kill_after_s=2.0)
+
+    def stopped(now: float) -> Look:
+        return Look(now, exists=True, stopped=True, mark=mark)
+
+    assert judge(MINE, stopped(500.0), stopped(559.0), 60.0) is Verdict.STOPPED
+    assert judge(MINE, stopped(500.0), stopped(561.0), 60.0) is Verdict.KILL_STOPPED

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import time
 from dataclasses import replace
@@ -14,7 +15,8 @@ import pytest
 import ray
 
 import faultguard
-from tests.tasks import NOWAIT, Trace, expected, loop_in_c, manager_pid, records, result, wait_until
+from faultguard._core.names import encode_name
+from tests.tasks import NOWAIT, Trace, expected, loop_in_c, manager_pid, may_look_at_parents, records, result, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -54,12 +56,12 @@ def wait_until_heard(worker: str) -> None:
 
 @faultguard.recoverable(every=1, backoff=NOWAIT)
 @ray.remote(num_cpus=0.5)
-def steps(worker_id: str, n: int, seconds: float, trace: Trace) -> Any:
-    """A loop that takes its time."""
+def steps(worker_id: str, n: int, seconds: float, trace: Trace, then_s: float | None = None) -> Any:
+    """A loop that takes its time, another one in its later attempts."""
     ckpt = faultguard.current()
     for batch in ckpt.batches(range(n)):
         trace.note("batch", worker_id, attempt=ckpt.attempt, batch=batch)
-        time.sleep(seconds)
+        time.sleep(seconds if ckpt.attempt == 1 or then_s is None else then_s)
         ckpt.state["sum"] = ckpt.state.get("sum", 0) + batch
         ckpt.state.setdefault("seen", []).append(batch)
     return result(ckpt)
@@ -225,13 +227,14 @@ def attempts(trace: Trace) -> set[int]:
 
 def test_a_stopped_worker_is_replaced(start_run: StartRun, trace: Trace, ray_cluster: str) -> None:
     """Nobody continues it: its process is ended, and the next attempt does the rest. It is charged as the crash that it is."""
-    start_run(heartbeat_interval=INTERVAL_S, heartbeat_timeout=TIMEOUT_S)
-    ref = steps.remote("replaced", 30, 0.1, trace)
+    run = start_run(heartbeat_interval=INTERVAL_S, heartbeat_timeout=TIMEOUT_S)
+    ref = steps.remote("replaced", 60, 0.5, trace, 0.02)
     pid = int(wait_until(lambda: trace.notes("batch"))[0]["pid"])
     wait_until_heard("replaced")
     os.kill(pid, signal.SIGSTOP)
-    assert ray.get(ref, timeout=WAIT_S) == expected(30)
+    assert ray.get(ref, timeout=WAIT_S) == expected(60)
     assert attempts(trace) == {1, 2}
+    assert [failure.cause for failure in records(run, "steps", "replaced")[-1].failures] == ["stopped"]
     assert len(wait_until(lambda: told(ray_cluster, "'steps/replaced' attempt 1 was stopped by a signal; its process is ended"))) == 1
 
 
@@ -246,6 +249,24 @@ def test_a_stopped_worker_is_replaced_also_if_its_manager_dies(start_run: StartR
     assert ray.get(refs, timeout=WAIT_S) == [expected(30)] * 2
     assert {note["attempt"] for note in trace.notes("batch", "still")} == {1, 2}
     assert {note["attempt"] for note in trace.notes("batch", "works")} == {1}
+
+
+def test_a_worker_that_stops_before_its_manager_has_heard_it_is_replaced(start_run: StartRun, trace: Trace, ray_cluster: str) -> None:
+    """It began while the manager was frozen: that one asks the nodes when it is back, because nobody beats twice for the first time."""
+    start_run(heartbeat_interval=INTERVAL_S, heartbeat_timeout=TIMEOUT_S)
+    others = [steps.remote(f"other{number}", 100, 0.1, trace) for number in range(2)]
+    for number in range(2):
+        wait_until_heard(f"other{number}")
+    marks = Path(ray_cluster) / "session_latest" / "faultguard"
+    with stopped(manager_pid()):
+        ref = steps.remote("unheard", 30, 0.1, trace)
+        pid = wait_until(lambda: trace.notes("batch", "unheard"))[0]["pid"]
+        wait_until(lambda: [*marks.glob(f"{pid}-*.json")])
+        os.kill(pid, signal.SIGSTOP)
+        time.sleep(3 * TIMEOUT_S)
+    assert ray.get([ref, *others], timeout=WAIT_S) == [expected(30), expected(100), expected(100)]
+    assert {note["attempt"] for note in trace.notes("batch", "unheard")} == {1, 2}
+    assert {note["attempt"] for note in trace.notes("batch") if note["worker"] != "unheard"} == {1}
 
 
 @faultguard.recoverable(every=1, backoff=NOWAIT)
@@ -277,12 +298,16 @@ def test_c_code_that_holds_the_interpreter_is_left_alone(start_run: StartRun, tr
 @pytest.mark.parametrize("kind", ["hang", "hang twice"])
 def test_hung_in_c_with_the_interpreter(kind: str, start_run: StartRun, trace: Trace, ray_cluster: str) -> None:
     """No thread of the process can see it, so its `stall_timeout` is enforced from outside; also straight after the start."""
-    start_run(heartbeat_interval=INTERVAL_S, heartbeat_timeout=TIMEOUT_S)
+    run = start_run(heartbeat_interval=INTERVAL_S, heartbeat_timeout=TIMEOUT_S)
     ref = in_c_with_timeout.remote(kind, kind, 300, trace)
     wait_until_heard(kind)
     trace.note("go", kind)
     assert ray.get(ref, timeout=WAIT_S) == expected(6)
     assert attempts(trace) == ({1, 2} if kind == "hang" else {1, 2, 3})
+    failures = records(run, "in_c_with_timeout", encode_name(kind))[-1].failures
+    assert {failure.cause for failure in failures} == {"stall"}
+    if may_look_at_parents():
+        assert re.search(r"\b(clock_)?nanosleep\b|\bsleep\b", failures[-1].stacks), failures[-1].stacks
     wait_until(lambda: told(ray_cluster, f"'in_c_with_timeout/{kind}' attempt 1 stood still for longer than its stall_timeout"))
 
 

@@ -44,6 +44,7 @@ __all__ = [
     "retain",
     "retention",
     "retry_record",
+    "same_task",
     "save",
     "superfluous",
     "superseded",
@@ -115,7 +116,7 @@ class Claimant:
     always: bool = False  # the manager's public methods: whoever registers, supersedes
     afresh: bool = False  # start over, whatever another task has done under this id
     gone: int = 0
-    crashed: tuple[str, str] = ("", "")  # a writer, and what its process died of as far as Ray knows
+    crashed: tuple[str, str, str] = ("", "", "")  # a writer, what its process died of as far as anybody knows, and where it stood
     policy: Policy = PLAIN
 
 
@@ -208,14 +209,19 @@ def may_claim(head: Record | None, me: Claimant) -> Verdict:  # noqa: PLR0911 - 
         return _after_end(head, me)
     if owner.writer == me.owner.writer:
         return "claim"  # an earlier try of this very claim, cut short by an error of the store
-    if owner.task_id == me.owner.task_id:
+    if owner.epoch != me.owner.epoch:
+        return "claim" if me.owner.epoch > owner.epoch else "refuse"
+    if same_task(owner, me.owner):
         mine, theirs = _order(me.owner), _order(owner)
         if mine > theirs or (mine == theirs and (head.ended is not None or head.token == me.gone)):
             return "claim"
         return "wait" if mine == theirs else "refuse"
-    if owner.epoch != me.owner.epoch:
-        return "claim" if me.owner.epoch > owner.epoch else "refuse"
     return "claim" if head.ended is not None or head.token == me.gone else "wait"
+
+
+def same_task(one: Owner, other: Owner) -> bool:
+    """Whether both are attempts of one Ray task. A new cluster gives the ids of an old one again: they are told apart by the driver."""
+    return (one.task_id, one.epoch) == (other.task_id, other.epoch)
 
 
 def _order(owner: Owner) -> tuple[int, int]:
@@ -225,7 +231,7 @@ def _order(owner: Owner) -> tuple[int, int]:
 def _after_end(head: Record, me: Claimant) -> Verdict:
     """A task that runs again gets its outcome; new work begins a new life, or after a failure goes on, but not for an older driver."""
     completed = head.outcome is None or head.outcome.status == "completed"
-    if head.owner.task_id == me.owner.task_id or (completed and me.named_run and not me.afresh):
+    if same_task(head.owner, me.owner) or (completed and me.named_run and not me.afresh):
         return "outcome"
     return "claim" if me.owner.epoch >= head.owner.epoch else "refuse"
 
@@ -354,11 +360,11 @@ def claim_record(me: Claimant, loaded: Loaded, number: int, now: float) -> Recor
         return base
     if head.kind == "end" and (head.outcome is None or head.outcome.status == "completed"):
         return replace_record(base, life=head.life + 1, predecessor="completed")
-    if me.afresh and head.owner.task_id != me.owner.task_id:  # Ray's next attempt of the same task resumes
+    if me.afresh and not same_task(head.owner, me.owner):  # Ray's next attempt of the same task resumes
         return replace_record(base, life=head.life + 1, predecessor="started over")
     budget = next_budget(head)
     own = head.owner.writer == me.owner.writer  # nothing has run under it
-    cancelled = me.crashed == (head.owner.writer, "cancelled")  # by force: it was given no time for a note
+    cancelled = me.crashed[:2] == (head.owner.writer, "cancelled")  # by force: it was given no time for a note
     crashed = 0 if own or cancelled else cost_of_crash(head)
     if crashed:
         policy = replace(me.policy, skip_poison=me.policy.skip_poison or bool(head.begins))  # which a block may have asked for
@@ -395,17 +401,19 @@ def _end_of(head: Record, *, own: bool) -> str:
     return head.predecessor if own else "failed"
 
 
-def _crash(head: Record, snapshot: Snapshot | None, now: float, crashed: tuple[str, str]) -> FailureRecord:
+def _crash(head: Record, snapshot: Snapshot | None, now: float, crashed: tuple[str, str, str]) -> FailureRecord:
     """The failure of an attempt that left no word: known by its last record."""
     owner = head.owner
+    _, cause, stacks = crashed if crashed[0] == owner.writer else ("", "crash", "")
     return FailureRecord(
-        cause=crashed[1] if crashed[0] == owner.writer else "crash",
+        cause=cause,
         attempt=head.attempt,
         batch=snapshot.batch if snapshot else 0,
         node_id=owner.node_id,
         pid=owner.pid,
         time=now,
         position=snapshot.position if snapshot else (),
+        stacks=stacks,
         place=head.begins or (snapshot.place if snapshot else ()),
         pinned=bool(head.begins),
     )

@@ -65,7 +65,8 @@ class FailureRecord(msgspec.Struct, frozen=True, omit_defaults=True):
     """One charged end of an attempt.
 
     Attributes:
-        cause: `"exception"`, `"stall"`, or `"crash"` for a process that died without a word.
+        cause: `"exception"`, `"stall"`, `"exit"`, a note's; of a process that died without a word `"oom"`, `"stall"` or `"stopped"` where
+            a probe has ended it, else `"crash"`.
         attempt: the attempt that failed, counted from 1.
         batch: batches done in the innermost loop when it failed (for a crash: of the last record it left).
         message: for an exception its class and text, at most 1000 characters.

@@ -46,6 +46,7 @@ class Verdict(enum.Enum):
     ALIVE = "alive"  # it marks its file: only its beats do not arrive
     GONE = "gone"  # it has ended, or holds another worker now: Ray, or nobody, has something to do
     BUSY = "busy"  # it stands, and may have a reason, such as C code that holds the interpreter
+    STOPPED = "stopped"  # by a signal, and not yet seen so for long enough
     TRACED = "traced"  # a debugger has it
     UNKNOWN = "unknown"  # nothing can be seen from there
     KILL_STOPPED = "killed: it was stopped"
@@ -81,14 +82,14 @@ def judge(worker: Held, first: Look, second: Look, timeout_s: float) -> Verdict:
 
     Args:
         worker: that nothing is heard of.
-        first: the earliest look at which the process already stood as it does now, and ran, if there was one; else one just before.
+        first: the earliest look at which the process already stood as it does now, if there was one; else one just before.
         second: the last one.
-        timeout_s: a file that is older is no sign of life.
+        timeout_s: a file that is older is no sign of life; to be stopped for as long is the end.
 
     >>> w = Held("t", "w", 7)
     >>> def look(now, **seen):
     ...     return Look(now, exists=True, mark=Mark("b", 100.0, (w,)), **seen)
-    >>> judge(w, look(161.0), look(162.0), 60.0), judge(w, look(161.0, stopped=True), look(162.0, stopped=True), 60.0)
+    >>> judge(w, look(161.0), look(222.0), 60.0), judge(w, look(161.0, stopped=True), look(222.0, stopped=True), 60.0)
     (<Verdict.BUSY: 'busy'>, <Verdict.KILL_STOPPED: 'killed: it was stopped'>)
     """
     mark = second.mark
@@ -101,13 +102,14 @@ def judge(worker: Held, first: Look, second: Look, timeout_s: float) -> Verdict:
         return Verdict.ALIVE
     if second.traced:
         return Verdict.TRACED
-    return _judge_standing(first, second, mark) if age_s > timeout_s else Verdict.BUSY
+    return _judge_standing(first, second, mark, timeout_s) if age_s > timeout_s else Verdict.BUSY
 
 
-def _judge_standing(first: Look, second: Look, mark: Mark) -> Verdict:
-    if first.stopped and second.stopped:
-        return Verdict.KILL_STOPPED
-    ran_s = second.now - first.now if not (first.stopped or second.stopped) else 0.0  # not since its mark: it may have been frozen
-    if mark.kill_after_s is not None and ran_s > mark.kill_after_s:
+def _judge_standing(first: Look, second: Look, mark: Mark, timeout_s: float) -> Verdict:
+    """By how long it was *seen* as it is now. Not since its mark: it may have worked in C, or been frozen with its whole node."""
+    seen_s = second.now - first.now if first.stopped == second.stopped else 0.0
+    if second.stopped:
+        return Verdict.KILL_STOPPED if seen_s > timeout_s else Verdict.STOPPED
+    if mark.kill_after_s is not None and seen_s > mark.kill_after_s:
         return Verdict.KILL_STALLED
     return Verdict.BUSY
