@@ -124,6 +124,7 @@ class Attempt:
                 "exception",
                 self.journal.held.attempt,
                 ckpt.current_batch,
+                "raised",
                 position=ckpt.position,
                 place=ckpt.place,
                 pinned=error is not None and ckpt.is_to_blame(error),

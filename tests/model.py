@@ -433,7 +433,7 @@ class Incarnation:
         return (Spot("batches", 0, self.done),)
 
     def _failure(self, cause: str) -> FailureRecord:
-        return FailureRecord(cause, self.held.attempt, self.done, place=self._place(), pinned=self.in_batch)
+        return FailureRecord(cause, self.held.attempt, self.done, cause, place=self._place(), pinned=self.in_batch)
 
     def _begin(self, snapshot: Snapshot | None) -> None:
         self.resumed_at = self.done = self.a = self.b = check_whole(snapshot)

@@ -106,7 +106,7 @@ def at(*steps: int, loops: str = "abc") -> Place:
 
 def raised(*steps: int) -> FailureRecord:
     """An exception in a batch."""
-    return FailureRecord("exception", 1, steps[-1], position=steps, place=at(*steps), pinned=True)
+    return FailureRecord("exception", 1, steps[-1], "ValueError", position=steps, place=at(*steps), pinned=True)
 
 
 def crashed(*steps: int, pinned: bool = False, cause: str = "crash") -> FailureRecord:
@@ -179,6 +179,7 @@ def test_a_crash_is_as_far_as_what_was_durable() -> None:
         (crashed(3, pinned=True),) * 3,
         (crashed(3, pinned=True), raised(3), crashed(3, pinned=True, cause="oom")),
         (crashed(1), crashed(3, pinned=True), crashed(3), raised(3), raised(3)),
+        (crashed(1, cause="stall"), *[crashed(3, pinned=True, cause="stall")] * 3),
     ],
 )
 def test_three_failures_in_a_row_quarantine_a_batch(failures: tuple[FailureRecord, ...]) -> None:
@@ -196,7 +197,7 @@ def test_three_failures_in_a_row_quarantine_a_batch(failures: tuple[FailureRecor
         (crashed(3),) * 3,
         (raised(3), crashed(4), raised(3), raised(3)),
         (raised(0, 3), raised(1, 3), raised(0, 3)),
-        (raised(3), raised(3), FailureRecord("exit", 1, 3, place=at(3)), raised(3)),
+        (raised(3), raised(3), FailureRecord("exit", 1, 3, "SystemExit", place=at(3)), raised(3)),
         (FailureRecord("exception", 1, 0),) * 3,
     ],
 )
@@ -227,6 +228,7 @@ def test_quarantine_has_a_limit_and_lasts() -> None:
     ("predecessor", "failures", "pins"),
     [
         ("crash", (crashed(3),), True),
+        ("crash", (crashed(3, cause="stall"),), True),
         ("exception", (crashed(3), raised(3)), True),
         ("exception", (crashed(3), raised(3), raised(3)), False),
         ("exception", (raised(3),), False),

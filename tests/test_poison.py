@@ -74,6 +74,113 @@ def attempts_at(trace: Trace, batch: int) -> int:
     return sum(note["batch"] == batch for note in trace.notes("batch"))
 
 
+# --- in this process, before there is a cluster ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    """A run without a cluster."""
+    store = open_store(str(tmp_path / "store"))
+    return Settings(run="run", checkpoint_dir=store.url, store_id=store_id(store), job_id="01000000")
+
+
+def execute(settings: Settings, function: Callable[[], Any], **options: Any) -> Any:
+    """Run a function as an attempt of a task of Ray's, in this process."""
+    identity = _ray.Identity("01000000", "node", "task", 0, "count", "count")
+    given = _attempt.TaskOptions(name="count", max_failures=3, backoff=faultguard.Backoff(initial=0), **options)
+    return _attempt.run_task(settings, identity, given, "w", _attempt.Work(function, repeatable=True))
+
+
+def test_each_quarantine_is_said_once(settings: Settings, caplog: pytest.LogCaptureFixture) -> None:
+    """Which batch, of which loops, why, and what that means."""
+
+    def count() -> tuple[tuple[int, ...], ...]:
+        ckpt = faultguard.current()
+        for epoch in ckpt.batches(range(2), name="epochs"):
+            for step in ckpt.batches(range(3), name="steps"):
+                if (epoch, step) == (1, 2):
+                    raise OSError("bad shard")
+        return ckpt.quarantined
+
+    assert execute(settings, count, on_poison="skip") == ((1, 2),)
+    (told,) = [record for record in caplog.records if vars(record)["event"] == "faultguard.batch_quarantined"]
+    assert told.levelno == logging.WARNING
+    assert told.getMessage() == (
+        "faultguard: 'count/w' quarantines batch 2 (position 1, 2) of 'epochs', 'steps': three attempts failed there, attempt 3 with "
+        "OSError('bad shard'). It is passed over from now on, and its failures are given back."
+    )
+    assert_whole(told)
+
+
+def test_at_most_a_hundred_are_quarantined(settings: Settings) -> None:
+    """Where so much fails, it is not the batches."""
+
+    def count() -> None:
+        for batch in faultguard.batches(range(1000)):
+            raise ValueError(batch)
+
+    with pytest.raises(faultguard.MaxFailuresExceeded) as caught:
+        execute(settings, count, on_poison="skip")
+    assert caught.value.poison_batch == MAX_QUARANTINED
+    assert "max_failures=3 allows 4 attempts without progress or quarantine" in str(caught.value)
+
+
+@pytest.mark.parametrize("swallowed", [False, True])
+def test_a_batch_that_stalls_three_times_is_quarantined(settings: Settings, swallowed: bool) -> None:
+    """The stall came out of it, at whatever instruction it arrived; or was swallowed there, and raised again at its end."""
+
+    def count() -> list[int]:
+        ckpt = faultguard.current()
+        for batch in ckpt.batches(range(4)):
+            with contextlib.suppress(faultguard.StalledError if swallowed else KeyError):
+                if batch == 2:
+                    hang()
+            ckpt.state.setdefault("seen", []).append(batch)
+        return [*ckpt.state["seen"], *ckpt.quarantined]
+
+    assert execute(settings, count, on_poison="skip", stall_timeout_s=0.4) == [0, 1, 3, (2,)]
+
+
+@pytest.mark.parametrize(
+    ("error", "its"),
+    [
+        (ValueError(), True),
+        (faultguard.StalledError(), True),
+        (faultguard.CheckpointStoreError(), False),
+        (SystemExit(1), False),
+        (KeyboardInterrupt(), False),
+    ],
+    ids=lambda case: type(case).__name__,
+)
+def test_whose_doing_an_exception_can_be(error: BaseException, its: bool) -> None:
+    """Trouble of the store, an exit, or a cancel that comes out of a batch is not the batch's."""
+    assert _attempt._is_of_the_batch(error) is its
+
+
+def test_a_predicate_that_fails_trusts_no_process(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What it raises does not take the place of the exception that it was asked about."""
+
+    class LeftError(BaseException):
+        """In the place of the end of this process."""
+
+    def leave() -> None:
+        raise LeftError
+
+    def count() -> None:
+        raise ValueError("planned")
+
+    def doubt(error: BaseException) -> bool:
+        raise KeyError(str(error))
+
+    monkeypatch.setattr(_attempt, "leave_process", leave)
+    with pytest.raises(LeftError):
+        execute(settings, count, fresh_process_on=doubt)
+    (told,) = [record for record in caplog.records if vars(record)["event"] == "faultguard.predicate_failed"]
+    assert told.getMessage().endswith("when asked about ValueError; a new process goes on")
+
+
 # --- quarantine -----------------------------------------------------------------------------------------------------
 
 
@@ -291,106 +398,3 @@ def test_the_note_of_a_process_that_leaves_quarantines(run: faultguard.Run, trac
     assert ray.get(both.remote("w", trace, {5: "exception"}), timeout=WAIT_S) == result({5})
     assert attempts_at(trace, 5) == 3
     assert len(set(pids(trace))) == 4
-
-
-# --- in this process ------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def settings(tmp_path: Path) -> Settings:
-    """A run without a cluster."""
-    store = open_store(str(tmp_path / "store"))
-    return Settings(run="run", checkpoint_dir=store.url, store_id=store_id(store), job_id="01000000")
-
-
-def execute(settings: Settings, function: Callable[[], Any], **options: Any) -> Any:
-    """Run a function as an attempt of a task of Ray's, in this process."""
-    identity = _ray.Identity("01000000", "node", "task", 0, "count", "count")
-    given = _attempt.TaskOptions(name="count", max_failures=3, backoff=faultguard.Backoff(initial=0), **options)
-    return _attempt.run_task(settings, identity, given, "w", _attempt.Work(function, repeatable=True))
-
-
-def test_each_quarantine_is_said_once(settings: Settings, caplog: pytest.LogCaptureFixture) -> None:
-    """Which batch, of which loops, why, and what that means."""
-
-    def count() -> tuple[tuple[int, ...], ...]:
-        ckpt = faultguard.current()
-        for epoch in ckpt.batches(range(2), name="epochs"):
-            for step in ckpt.batches(range(3), name="steps"):
-                if (epoch, step) == (1, 2):
-                    raise OSError("bad shard")
-        return ckpt.quarantined
-
-    assert execute(settings, count, on_poison="skip") == ((1, 2),)
-    (told,) = [record for record in caplog.records if vars(record)["event"] == "faultguard.batch_quarantined"]
-    assert told.levelno == logging.WARNING
-    assert told.getMessage() == (
-        "faultguard: 'count/w' quarantines batch 2 (position 1, 2) of 'epochs', 'steps': three attempts failed there, attempt 3 with "
-        "OSError('bad shard'). It is passed over from now on, and its failures are given back."
-    )
-    assert_whole(told)
-
-
-def test_at_most_a_hundred_are_quarantined(settings: Settings) -> None:
-    """Where so much fails, it is not the batches."""
-
-    def count() -> None:
-        for batch in faultguard.batches(range(1000)):
-            raise ValueError(batch)
-
-    with pytest.raises(faultguard.MaxFailuresExceeded) as caught:
-        execute(settings, count, on_poison="skip")
-    assert caught.value.poison_batch == MAX_QUARANTINED
-    assert "max_failures=3 allows 4 attempts without progress or quarantine" in str(caught.value)
-
-
-@pytest.mark.parametrize("swallowed", [False, True])
-def test_a_batch_that_stalls_three_times_is_quarantined(settings: Settings, swallowed: bool) -> None:
-    """The stall came out of it, at whatever instruction it arrived; or was swallowed there, and raised again at its end."""
-
-    def count() -> list[int]:
-        ckpt = faultguard.current()
-        for batch in ckpt.batches(range(4)):
-            with contextlib.suppress(faultguard.StalledError if swallowed else KeyError):
-                if batch == 2:
-                    hang()
-            ckpt.state.setdefault("seen", []).append(batch)
-        return [*ckpt.state["seen"], *ckpt.quarantined]
-
-    assert execute(settings, count, on_poison="skip", stall_timeout_s=0.4) == [0, 1, 3, (2,)]
-
-
-def test_trouble_of_the_store_is_no_batchs_doing(settings: Settings) -> None:
-    """Nor is an exit of the process."""
-
-    def count() -> None:
-        for _ in faultguard.batches(range(3)):
-            raise faultguard.CheckpointStoreError("planned")
-
-    with pytest.raises(faultguard.MaxFailuresExceeded) as caught:
-        execute(settings, count, on_poison="skip")
-    assert [failure.pinned for failure in caught.value.failures] == [False] * 4
-
-
-def test_a_predicate_that_fails_trusts_no_process(
-    settings: Settings, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """What it raises does not take the place of the exception that it was asked about."""
-
-    class LeftError(BaseException):
-        """In the place of the end of this process."""
-
-    def leave() -> None:
-        raise LeftError
-
-    def count() -> None:
-        raise ValueError("planned")
-
-    def doubt(error: BaseException) -> bool:
-        raise KeyError(str(error))
-
-    monkeypatch.setattr(_attempt, "leave_process", leave)
-    with pytest.raises(LeftError):
-        execute(settings, count, fresh_process_on=doubt)
-    (told,) = [record for record in caplog.records if vars(record)["event"] == "faultguard.predicate_failed"]
-    assert told.getMessage().endswith("when asked about ValueError; a new process goes on")

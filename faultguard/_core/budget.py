@@ -27,7 +27,6 @@ __all__ = [
 ]
 
 EXCUSED_CAUSES = frozenset({"cancelled", "drained", "terminated", "left", "finished elsewhere"})
-CRASHES = frozenset({"crash", "oom"})  # a process that left no word
 POISON_FAILURES = 3  # in a row, at one batch
 MAX_QUARANTINED = 100  # batches of a worker; more are no accident
 
@@ -108,7 +107,7 @@ def _explained(failures: tuple[FailureRecord, ...]) -> int:
     for failure in reversed(failures if newest.pinned else ()):
         if failure.pinned and batch_of(failure.place) == batch_of(newest.place):
             pinned += 1
-        elif failure.pinned or failure.cause not in CRASHES or is_later(failure.place, newest.place):
+        elif failure.pinned or not failure.wordless or is_later(failure.place, newest.place):
             break
         else:
             others += 1
@@ -121,7 +120,7 @@ def must_pin(predecessor: str, failures: tuple[FailureRecord, ...]) -> bool:
     After a crash, and after what else failed since, as long as both can come of one batch.
     """
     recent = failures[-POISON_FAILURES + 1 :]
-    return predecessor not in EXCUSED_CAUSES and any(failure.cause in CRASHES for failure in recent)
+    return predecessor not in EXCUSED_CAUSES and any(failure.wordless for failure in recent)
 
 
 def is_later(place: Place, other: Place) -> bool:

@@ -92,6 +92,11 @@ class FailureRecord(msgspec.Struct, frozen=True, omit_defaults=True):
     place: Place = ()
     pinned: bool = False
 
+    @property
+    def wordless(self) -> bool:
+        """Whether its process died without a word, of whatever: its place is that of its last record."""
+        return not self.message
+
 
 class Owner(msgspec.Struct, frozen=True, omit_defaults=True):
     """Who wrote a record: enough to order claims, and to find out on the same host whether the process lives."""
