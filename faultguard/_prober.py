@@ -36,7 +36,6 @@ class _Flight:
     ref: Any
     beats: list[Mapping[str, Any]]
     until: float
-    told: bool = False
 
 
 @dataclass(slots=True)
@@ -46,6 +45,7 @@ class _Known:
     again_at: float = -math.inf
     stood: Look | None = None
     seen: Verdict | None = None
+    missed: bool = False  # its node did not answer
     over: bool = False
 
 
@@ -108,20 +108,29 @@ class Prober:
         flight = self._flights[node_id]
         answers: list[Answer] | None = _ray.result_or_none(flight.ref)
         if answers is None and not _ray.is_done(flight.ref):
-            if now < flight.until or flight.told:
+            if now < flight.until:
                 return []
-            flight.told = True  # it stays on its way: the node may come back
-            return [Found(beat, None) for beat in flight.beats]
+            if _ray.is_alive(node_id):  # it may be lost on its way, and would be waited for without end
+                _ray.cancel(flight.ref)
+                del self._flights[node_id]
+            flight.until = now + self._timeout_s
+            return [self._miss(beat) for beat in flight.beats]
         del self._flights[node_id]
         if answers is None:  # with the node Ray runs its tasks elsewhere; a probe that was killed says nothing
             answers = [Answer(Verdict.UNKNOWN if _ray.is_alive(node_id) else Verdict.GONE)] * len(flight.beats)
         return [self._note(beat, answer, now) for beat, answer in zip(flight.beats, answers, strict=True)]
 
+    def _miss(self, beat: Mapping[str, Any]) -> Found:
+        known = self._known.setdefault(_held(beat), _Known())
+        found = Found(beat, None, not known.missed)
+        known.missed, known.seen = True, None
+        return found
+
     def _note(self, beat: Mapping[str, Any], answer: Answer, now: float) -> Found:
         known = self._known.setdefault(_held(beat), _Known())
         found = Found(beat, answer.verdict, answer.verdict is not known.seen)
         known.again_at, known.stood, known.seen = now + self._timeout_s / LOOKS_PER_TIMEOUT, answer.stood, answer.verdict
-        known.over = answer.verdict.kills or answer.verdict is Verdict.GONE
+        known.over, known.missed = answer.verdict.kills or answer.verdict is Verdict.GONE, False
         return found
 
 

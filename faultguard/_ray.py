@@ -22,6 +22,7 @@ __all__ = [
     "Identity",
     "LostError",
     "alive_nodes",
+    "cancel",
     "death_of",
     "draining_nodes",
     "function_and_options",
@@ -304,6 +305,11 @@ def outcome_of(ref: Any) -> Any:
     except BaseException:
         ray.cancel(ref)
         raise
+
+
+def cancel(ref: Any) -> None:
+    """Ask Ray to cancel a task; should it run all the same, it runs."""
+    ray.cancel(ref)
 
 
 def is_done(ref: Any) -> bool:

@@ -20,7 +20,7 @@ class PlayedRay:
     """Probes that end when the test says so; an answer of None is that of one that was killed."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.started = 0
+        self.started = self.cancelled = 0
         self.done = False
         self.answer: list[Any] | None = None
         self.alive = True
@@ -28,10 +28,14 @@ class PlayedRay:
         monkeypatch.setattr(_ray, "is_done", lambda _: self.done)
         monkeypatch.setattr(_ray, "result_or_none", lambda _: self.answer if self.done else None)
         monkeypatch.setattr(_ray, "is_alive", lambda _: self.alive)
+        monkeypatch.setattr(_ray, "cancel", self._cancel)
 
     def _run(self, *_: Any) -> int:
         self.started, self.done = self.started + 1, False
         return self.started
+
+    def _cancel(self, _: Any) -> None:
+        self.cancelled += 1
 
     def ends(self, verdict: Verdict | None) -> None:
         """The probe that is on its way."""
@@ -73,13 +77,24 @@ def test_the_same_is_new_once(played: PlayedRay) -> None:
 
 
 def test_a_node_that_does_not_answer_is_told_once(played: PlayedRay) -> None:
-    """The probe stays on its way, for the node may come back."""
+    """Is it dead, its probe stays on its way until Ray says so."""
+    played.alive = False
     prober = Prober(TIMEOUT_S)
     found = [each for now in (0.0, 30.0, 61.0, 90.0, 200.0) for each in prober.step([BEAT], now)]
-    assert [each.verdict for each in found] == [None]
-    assert played.started == 1
+    assert [each.verdict for each in found if each.is_new] == [None]
+    assert (played.started, played.cancelled) == (1, 0)
     played.ends(Verdict.ALIVE)
     assert [each.verdict for each in prober.step([BEAT], 201.0)] == [Verdict.ALIVE]
+
+
+def test_a_probe_that_is_lost_on_its_way_is_sent_again(played: PlayedRay) -> None:
+    """The node is alive, and Ray has nothing of it: its workers must not be out of sight for good. That it does not answer is told once."""
+    prober = Prober(TIMEOUT_S)
+    found = [each for now in (0.0, 61.0, 62.0, 123.0, 124.0) for each in prober.step([BEAT], now)]
+    assert [(each.verdict, each.is_new) for each in found] == [(None, True), (None, False)]
+    assert (played.started, played.cancelled) == (3, 2)
+    played.ends(Verdict.KILL_STALLED)
+    assert [each.verdict for each in prober.step([BEAT], 125.0)] == [Verdict.KILL_STALLED]
 
 
 def test_a_node_is_asked_once_at_a_time_and_every_answer_counts(played: PlayedRay, monkeypatch: pytest.MonkeyPatch) -> None:
