@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import gc
 import math
 import sys
 import threading
@@ -21,6 +22,7 @@ from faultguard._native import cut, native_stacks
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from types import FrameType
 
     from faultguard._core.schedule import Schedule
 
@@ -274,12 +276,27 @@ class Section:
 def stacks(first: int | None, *, native: bool = False) -> str:
     """The stack of every thread of this process, that of the thread `first` before the others, our own last; then those with C frames."""
     names = {thread.ident: thread.name for thread in threading.enumerate()}
-    frames = sys._current_frames()  # noqa: SLF001 - the documented way
+    frames = _frames()
     order = sorted(frames, key=lambda ident: (ident != first, str(names.get(ident)).startswith("faultguard-"), ident))
     parts = [f"Thread {names.get(ident, ident)}:\n{''.join(traceback.format_stack(frames[ident]))}" for ident in order]
     text = cut("\n".join(parts))
     seen = native_stacks(first) if native else ""
     return f"{text}\n\n{seen}" if seen else text
+
+
+def _frames() -> dict[int, FrameType]:
+    """Where each thread stands. Only the watcher's thread asks.
+
+    Up to Python 3.11 at least, it holds a lock of the interpreter while it makes objects. Should garbage be collected then, with a
+    `threading.local` in it, that wants the same lock, and the process stands still for good.
+    """
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        return sys._current_frames()  # noqa: SLF001 - the documented way
+    finally:
+        if collects:
+            gc.enable()
 
 
 def first_stack(text: str) -> str:

@@ -64,3 +64,39 @@ def test_a_tool_that_does_not_work(does: str, tmp_path: Path) -> None:
         [sys.executable, "-c", ASKS, str(tool)], capture_output=True, text=True, cwd=REPOSITORY, timeout=WAIT_S, check=True
     )
     assert done.stdout == "''\n", done.stderr
+
+
+LITTER = """
+import gc, threading, time
+from faultguard._stall import stacks
+
+class Cycle:
+    pass
+
+def litter():
+    for _ in range(3):
+        cycle = Cycle()
+        cycle.local, cycle.again = threading.local(), cycle
+        cycle.local.x = 1
+
+def descend(n):
+    descend(n - 1) if n else time.sleep(0.0001)
+
+def work():
+    while True:
+        descend(5)
+
+for _ in range(8):
+    threading.Thread(target=work, daemon=True).start()
+gc.set_threshold(60, 1, 1)
+for _ in range(1500):
+    litter()
+    stacks(None)
+assert gc.isenabled()
+"""
+
+
+def test_a_look_at_the_stacks_freezes_nobody() -> None:
+    """Garbage that is collected during the look wants a lock that the interpreter holds: the process would stand still for good."""
+    done = subprocess.run([sys.executable, "-c", LITTER], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
