@@ -62,6 +62,7 @@ MAX_RESULT_BYTES = 1 << 20
 MAX_MESSAGE = 1000
 DEFAULT_KEEP = 3
 HOLDER_POLL_S = 0.2
+NODES_TRIED = 3  # for an attempt that prefers another node
 PROBE_WAIT_S = 90.0  # for a look at the node of a silent holder
 LONG_WAIT_S = 1.0  # shorter waits are not worth a call
 MANAGER_WAIT_S = 10.0
@@ -560,9 +561,11 @@ def run_task(
     try:
         while True:
             if elsewhere is not None and moves:
-                with contextlib.suppress(NotBegunError):
-                    return elsewhere.run(local_retry, log, leave_process)
-                local_retry += 1  # should it begin after all, this one is the later
+                tried: set[str] = set()
+                for _ in range(NODES_TRIED):
+                    with contextlib.suppress(NotBegunError):
+                        return elsewhere.run(local_retry, tried, log, leave_process)
+                    local_retry += 1  # should it begin after all, the next one is the later
             opened = open_worker(
                 settings,
                 identity,

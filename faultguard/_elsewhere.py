@@ -62,12 +62,13 @@ class Elsewhere:
 
     def is_there(self) -> bool:
         """Whether there is such a node now."""
-        return self.waits or bool(_ray.node_with_room(self.node_id))
+        return self.waits or bool(_ray.node_with_room({self.node_id}))
 
-    def run(self, local_retry: int, newest: Callable[[], Record | None], leave: Callable[[], None]) -> Any:
+    def run(self, local_retry: int, tried: set[str], newest: Callable[[], Record | None], leave: Callable[[], None]) -> Any:
         """Run the attempt there, and give or raise what comes of it.
 
         Args:
+            tried: nodes where it could not begin, to which the one that is tried now is added: Ray takes a dead one for alive for a while.
             local_retry: orders its claim among those of this Ray task.
             newest: reads the newest record of the worker: whatever goes wrong there before a claim is no end of an attempt.
             leave: ends this process, so that Ray runs the task again.
@@ -77,9 +78,10 @@ class Elsewhere:
         """
         if self.waits:
             leave()
-        before, node_id = newest(), _ray.node_with_room(self.node_id)
+        before, node_id = newest(), _ray.node_with_room({self.node_id, *tried})
         if before is None or not node_id:
             raise NotBegunError
+        tried.add(node_id)
         text = f"'{self.worker}' failed {FAILURES} times in a row on node {self.node_id[:8]}; its next attempt runs on node {node_id[:8]}."
         _events.emit_beside(logging.WARNING, "faultguard.elsewhere", text, node_id=self.node_id, to_node=node_id)
         try:

@@ -255,14 +255,14 @@ def needs_of_task() -> dict[str, float]:
     return {name: amount for name, amount in needs.items() if not name.startswith("node:")}
 
 
-def node_with_room(not_on: str) -> str:
+def node_with_room(not_on: set[str]) -> str:
     """The node that has most CPUs free, of those that have room for the running task now and are not being drained; empty: none."""
     state: Any = ray._private.state  # noqa: SLF001 - no public name
     if ray.get_runtime_context().get_placement_group_id() is not None:  # it says where its tasks run
         return ""
     try:
         free: dict[str, dict[str, float]] = state.available_resources_per_node()
-        shunned = {not_on, *draining_nodes()}
+        shunned = not_on | draining_nodes()
     except ray.exceptions.RayError:
         return ""
     needs = needs_of_task()

@@ -120,8 +120,8 @@ def test_a_block_of_a_plain_task_saves_and_goes_on(nodes: Nodes, run: faultguard
 
 def test_actors_of_a_drained_node_save_and_go_on(nodes: Nodes, run: faultguard.Run, trace: Trace) -> None:
     """Ray moves no actor that works; whatever its kind, what its methods have done is saved at once."""
-    node = nodes.add()
-    actors = {kind: make_holder(kind, resources={WORK: 0.1}) for kind in KINDS}
+    node = nodes.add(holders=3)  # for a while Ray takes the node of the test before for alive
+    actors = {kind: make_holder(kind, resources={"holders": 1}) for kind in KINDS}
     refs = [actor.hold.remote(kind, trace, 10**6) for kind, actor in actors.items()]
     wait_until(lambda: all(begun(trace, kind) for kind in KINDS), WAIT_S)
     nodes.drain(node, DEADLINE_S)
