@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 WORK = "work"  # a resource of the nodes that run the tasks of a test; the head has none
 SECONDS = 1000
+QUICK = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 1000, "health_check_failure_threshold": 3}
 WAIT_S = 90
 
 
@@ -79,7 +80,9 @@ def alive() -> set[str]:
 
 @contextlib.contextmanager
 def some_nodes(**system_config: Any) -> Iterator[Nodes]:
-    """A head alone, to which nodes can be added; the driver is connected to it."""
+    """A head alone, to which nodes can be added; the driver is connected to it. That one was killed is noticed within seconds."""
+    if "RAY_health_check_period_ms" not in os.environ:  # which these settings would overrule
+        system_config = {**QUICK, **system_config}
     with temporary_dir() as directory:
         Path("/tmp/ray").mkdir(exist_ok=True)  # where `Cluster` notes its address, whatever `temp_dir` is
         head = {"num_cpus": 0, "include_dashboard": False, "temp_dir": directory, "_system_config": system_config}
