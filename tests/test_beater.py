@@ -317,11 +317,12 @@ def test_reply_that_never_comes_is_an_outage(
 
 
 def test_broken_worker_silences_no_other(fake: FakeManager, events: list[str], beating: Callable[[FakeSource], FakeSource]) -> None:
-    """A worker that cannot say a beat is reported once, and the others beat on."""
+    """A worker that cannot say a beat is reported, not every time, and the others beat on."""
     beating(FakeSource(settings(), "broken", broken=True))
     good = beating(FakeSource(settings(), "good"))
-    wait_until(lambda: good.asked > 5)
-    assert events == ["faultguard.thread_error"]
+    wait_until(lambda: good.asked > 9)
+    assert set(events) == {"faultguard.thread_error"}
+    assert len(events) < 5
     assert {said["worker_id"] for call in fake.calls for said in call} == {"good"}
 
 
