@@ -33,6 +33,7 @@ RESOLVE_S = 10.0
 RETRY_S = 0.5
 IDLE_S = 1.0
 EXIT_S = 2.0
+MAX_SAID = 100  # errors whose texts are never twice the same must not fill a log
 
 
 class Source(Protocol):
@@ -139,7 +140,8 @@ class _Line:
         try:
             said = [(client, {**beat, "interval_s": self._interval_s}) for client in clients if (beat := _beat(client)) is not None]
             beats, self._beaten = [beat for _, beat in said], [client for client, _ in said]
-            self._ref = find_or_make(self._settings, RESOLVE_S).beat.remote(beats)
+            if beats:
+                self._ref = find_or_make(self._settings, RESOLVE_S).beat.remote(beats)
         except (ManagerUnavailableError, ray.exceptions.RayError) as error:
             self._drop(error)
             return
@@ -149,7 +151,8 @@ class _Line:
         self._sent = time.monotonic()
         for client in clients:
             client.beaten = True
-        self._settle(REPLY_S)
+        if beats:
+            self._settle(REPLY_S)
 
     def _settle(self, wait_s: float) -> bool:
         """Look whether the call in flight has ended, and how."""
@@ -245,11 +248,10 @@ def _work(clients: list[_Client]) -> float:
 
 
 def _report(name: str, error: Exception) -> None:
-    """Say an error of our own, once as long as it is the same."""
-    global _said  # noqa: PLW0603 - one thread says, mostly; twice would do no harm
+    """Say an error of our own, once: several may take turns."""
     text = f"thread {name} goes on after an error of its own: {error!r}"
-    if text != _said:
-        _said = text
+    if text not in _said and len(_said) < MAX_SAID:
+        _said.add(text)
         _events.emit(logging.ERROR, "faultguard.thread_error", text, thread=name, error=repr(error))
 
 
@@ -285,6 +287,6 @@ _cancelled: dict[str, int] = {}
 _busy = threading.Lock()
 _exiting = threading.Event()
 _hooked = False
-_said = ""
+_said: set[str] = set()
 _beater: Sidecar[_Client] = Sidecar("faultguard-beater", _work, _report)
 os.register_at_fork(after_in_child=_after_fork)
