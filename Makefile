@@ -7,6 +7,7 @@ VENV_LOWEST := .venv-lowest
 STAMP := $(VENV)/.installed
 RUN := $(VENV)/bin/python
 ARGS ?=
+JOBS ?= 2
 MINUTES ?= 5
 SEED ?=
 
@@ -29,8 +30,8 @@ $(STAMP): pyproject.toml
 demo: $(STAMP) ## train on a cluster of this machine while workers are killed; see the work go on
 	$(RUN) examples/train_digits.py --demo $(ARGS)
 
-test: $(STAMP) system-packages ## run all tests
-	$(RUN) -m pytest $(ARGS)
+test: $(STAMP) system-packages ## run all tests, in JOBS processes: a file of tests stays in one
+	$(RUN) -m pytest --numprocesses $(JOBS) --dist loadfile $(ARGS)
 
 soak: $(STAMP) ## all faults at random, on three nodes of this machine: make soak MINUTES=30 [SEED=7]
 	$(RUN) -m tests.soak --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))

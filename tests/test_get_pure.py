@@ -57,7 +57,7 @@ def file(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
     return stream
 
 
-@pytest.mark.parametrize("refs", [None, 7, "ref", [7], [[]], {"a": 1}, {1}, iter([])], ids=repr)
+@pytest.mark.parametrize("refs", [None, 7, "ref", [7], [[]], {"a": 1}, {1}, iter([])], ids=lambda refs: type(refs).__name__)
 def test_what_is_no_reference_is_refused(refs: Any) -> None:
     """The text says what was given, and what to write."""
     with pytest.raises(UsageError) as refused:
