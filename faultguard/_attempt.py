@@ -10,9 +10,6 @@ import asyncio
 import contextlib
 import functools
 import logging
-import os
-import sys
-import threading
 import time
 import traceback
 import uuid
@@ -22,22 +19,31 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import msgspec
 
-from faultguard import _beater, _codec, _events, _ray, _watcher
+from faultguard import _beater, _codec, _events, _ray
 from faultguard._core import log as rules
-from faultguard._core.budget import Policy, batch_of, charge, exhausted, is_charged, poison_batch
-from faultguard._core.records import Ended, FailureRecord, Outcome, Owner, Place, Record, Snapshot
+from faultguard._core.budget import Policy, charge, exhausted, is_charged, poison_batch
+from faultguard._core.records import Ended, FailureRecord, Outcome, Owner, Record, Snapshot
 from faultguard._core.schedule import Every, Schedule
-from faultguard._core.silence import Held
 from faultguard._elsewhere import Elsewhere, NotBegunError, failed_on, failures_before
 from faultguard._handle import Checkpoint
 from faultguard._journal import Journal, insist, superseded
 from faultguard._log import StoredLog
 from faultguard._probe import ending_of
 from faultguard._process import ProcessId, is_dead, this_process
+from faultguard._sentences import (
+    LONG_WAIT_S,
+    say_completed_already,
+    say_damaged,
+    say_from_zero,
+    say_given_up,
+    say_leaves,
+    say_quarantined,
+    say_resumed,
+)
 from faultguard._session import TaskContext, entered, leave_all
 from faultguard._settings import Settings, checked_store
-from faultguard._stall import StallGuard, first_stack, stacks
-from faultguard._stops import CALLS, Cancelled, Drained, cancelled_here
+from faultguard._stops import CALLS, Cancelled, Drained
+from faultguard._worker import OpenWorker, held_here, leave_process
 from faultguard.errors import (
     CheckpointNotSerializableError,
     CheckpointStoreError,
@@ -56,21 +62,14 @@ if TYPE_CHECKING:
 
     from faultguard.storage import Store
 
-__all__ = ["OpenWorker", "TaskOptions", "Work", "cause_of_leaving", "check_arguments", "open_worker", "run_task", "say_completed_already"]
+__all__ = ["TaskOptions", "Work", "cause_of_leaving", "check_arguments", "open_worker", "run_task"]
 
 MAX_RESULT_BYTES = 1 << 20
-MAX_MESSAGE = 1000
 DEFAULT_KEEP = 3
 HOLDER_POLL_S = 0.2
 NODES_TRIED = 3  # for an attempt that prefers another node
 PROBE_WAIT_S = 90.0  # for a look at the node of a silent holder
-LONG_WAIT_S = 1.0  # shorter waits are not worth a call
 MANAGER_WAIT_S = 10.0
-FIRST_BEAT_WAIT_S = 10.0  # where a manager has to be made first; else it takes milliseconds
-LAST_WORDS_S = 30.0  # for the record of a process that is ended because it hangs; after that its successor calls it a crash
-
-
-_held_here: dict[str, OpenWorker | None] = {}  # writers of the workers that this process holds; None: not open yet, or any more
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,217 +102,6 @@ class Work:
     repeatable: bool
     arguments: dict[str, str] = field(default_factory=dict)
     afresh: bool = False
-
-
-class OpenWorker:
-    """A worker that this process holds: its handle, its log, its beats. It is what the beater asks."""
-
-    def __init__(self, settings: Settings, identity: _ray.Identity, journal: Journal, handle: Checkpoint, *, leaves: bool) -> None:
-        self.settings = settings
-        self._leaves = leaves  # whether Ray runs its task again when it leaves
-        self._told = ""
-        self.journal = journal
-        self.handle = handle
-        self._identity = identity
-        self._started = time.time()
-        self._status = ""
-        self._announced = False
-        self.mark_every_s = settings.heartbeat_interval
-        self.held = Held(handle.task, handle.worker_id, handle.token, handle.run, handle.attempt)
-        _held_here[journal.held.owner.writer] = self
-        self.guard.on_timed = self._timed
-        self.guard.on_change = self._remark
-        _beater.register(self)
-        if self.guard.timeout_s is not None:
-            self._timed()
-
-    @property
-    def guard(self) -> StallGuard:
-        """Where its loop stands."""
-        return self.handle.guard
-
-    def _watched(self) -> None:
-        if not self._status:
-            _watcher.watch(self)
-            if self._status:  # closed meanwhile
-                _watcher.unwatch(self)
-
-    def _timed(self) -> None:
-        """A timeout is set: from now on the process may stand still as a whole, which only others can see, if they know of it."""
-        self._watched()
-        if not (self._announced or self._status or self.hosts_others()):
-            self._announced = True
-            with self.guard.paused():
-                _watcher.mark(self)
-                _beater.hurry(self, FIRST_BEAT_WAIT_S)
-
-    def _remark(self) -> None:
-        _watcher.remark(self)
-
-    def beat(self) -> dict[str, object]:
-        """What the manager is told, on the beater's thread."""
-        handle, held = self.handle, self.journal.held
-        return {
-            "task": handle.task,
-            "worker_id": handle.worker_id,
-            "run": handle.run,
-            "attempt": held.attempt,
-            "token": held.token,
-            "status": self._status or ("active" if held.attempt == 1 else "recovered"),
-            "current_batch": handle.current_batch,
-            "position": handle.position,
-            "total_batches": handle.total_batches,
-            "node_id": self._identity.node_id,
-            "home_id": self._identity.home_id,
-            "boot_id": held.owner.boot_id,
-            "pid": held.owner.pid,
-            "start_time": held.owner.start_time,
-            "started_at": self._started,
-            "last_checkpoint": self.journal.log.path(held.last),
-            "failure_count": held.charged,
-            "quarantined": handle.quarantined,
-            "cancels": self.settings.cancels,
-        }
-
-    def begins(self) -> None:
-        """It works for longer than a moment: from now on the process says on its node, too, that it lives."""
-        self._watched()
-        _watcher.mark(self)
-
-    def final_beat(self) -> dict[str, object]:
-        """The last one."""
-        return self.beat()
-
-    def told(self, reply: str) -> None:
-        """What the manager answered to a beat; on the beater's thread. It comes again with every beat, as long as it is true."""
-        if self._status or reply in {"ok", "ended"}:
-            return
-        if reply == "superseded":
-            self.journal.suspect()
-        elif reply == "drained":
-            self._drained()
-        elif reply == "cancelled":
-            self._cancelled()
-        self._told = reply
-
-    def _drained(self) -> None:
-        """The node is going to be taken away: save what there is; what Ray runs again elsewhere leaves at its next boundary."""
-        text = f"'{self.handle.task}/{self.handle.worker_id}' attempt {self.handle.attempt} is on a node that is being drained"
-        self.journal.excuse(Ended("drained", charged=False))
-        if self._leaves:
-            self.handle.stop(lambda: Drained(f"{text}; it leaves, and Ray runs it again on another node"))
-        if self._told != "drained":
-            then = "goes on elsewhere after its batch" if self._leaves else "has saved, and goes on as long as it is there"
-            _events.emit_beside(logging.WARNING, "faultguard.node_drains", f"{text}; it {then}.", **self.handle.fields())
-
-    def _cancelled(self) -> None:
-        """Raise inside the batch in hand, where there is one in a thread of its own, and at the next boundary in any case."""
-        handle, guard = self.handle, self.guard
-        text = f"'{handle.task}/{handle.worker_id}' attempt {handle.attempt} was cancelled by {CALLS}"
-        handle.stop(lambda: cancelled_here(text))
-        guard.strike(guard.look()[0], Cancelled(text))
-
-    # --- stalls ---
-
-    def slow(self, age_s: float) -> None:
-        """Without a timeout nothing is raised or killed; what takes suspiciously long is said, once; on the thread of the watcher."""
-        seen = stacks(self.guard.thread)
-        text = (
-            f"{self._stands_still(age_s)}, much longer than before. Nothing is done about it; with stall_timeout=... it would be "
-            f"retried.\n{first_stack(seen)}"
-        )
-        _events.emit_beside(logging.WARNING, "faultguard.slow_batch", text, **self.handle.fields(), stacks=seen)
-
-    def _stands_still(self, age_s: float) -> str:
-        handle, guard = self.handle, self.guard
-        where = f"section {guard.section!r} of " if guard.section is not None else ""
-        return (
-            f"'{handle.task}/{handle.worker_id}' attempt {handle.attempt} has made no progress for {age_s:.1f} s in {where}"
-            f"{_place(handle.position, handle.total_batches)}"
-        )
-
-    def stalled(self, key: object, age_s: float, timeout_s: float) -> None:
-        """Raise `StalledError` in its thread; on the thread of the watcher."""
-        handle, guard = self.handle, self.guard
-        text = f"{self._stands_still(age_s)} (stall_timeout={timeout_s:g} s)"
-        error = StalledError(text, worker_id=handle.worker_id, attempt=handle.attempt, batch=handle.current_batch)
-        seen = stacks(guard.thread, native=True)
-        raised = guard.strike(key, error, seen)
-        if raised or guard.look()[0] == key:
-            what = "StalledError is raised there" if raised else "nothing is raised into the thread of an event loop"
-            fields = {**handle.fields(), "stall_s": round(age_s, 3), "raised": raised, "stacks": seen}
-            _events.emit_beside(logging.WARNING, "faultguard.stalled", f"{text}; {what}.\n{first_stack(seen)}", **fields)
-
-    def leave_hard(self, key: object, age_s: float, timeout_s: float) -> None:
-        """The thread does not come back: note that and end the process, if nobody else works in it."""
-        guard = self.guard
-        if guard.thread is None or self.hosts_others():
-            text = f"{self._stands_still(age_s)}; this process is not ended, because it hosts other work."
-            _events.emit_beside(logging.ERROR, "faultguard.stall_stays", text, **self.handle.fields())
-            return
-        seen = guard.stacks or stacks(guard.thread, native=True)
-        text = f"{self._stands_still(age_s)} (stall_timeout={timeout_s:g} s) and does not react"
-        if not guard.hold(key):
-            return
-        message = f"{StalledError.__name__}({text!r})"
-        failure = failure_of(self.handle, self._identity, "stall", message, seen, pinned=self.handle.held_up)
-        last_words = threading.Thread(target=self._note_stall, args=(failure, text, seen), name="faultguard-stall", daemon=True)
-        try:
-            last_words.start()
-            last_words.join(LAST_WORDS_S)  # the store may hang, and so may whoever holds the lock of a log or of stdout
-        finally:
-            os._exit(1)
-
-    def _note_stall(self, failure: FailureRecord, text: str, seen: str) -> None:
-        try:
-            self.give_up(Ended("stall", charged=True), failure)
-        finally:  # whatever the store says: the next attempt finds out
-            fields = {**self.handle.fields(), "stacks": seen}
-            _events.emit(logging.WARNING, "faultguard.stall_exit", f"{text}; its process is ended.\n{first_stack(seen)}", **fields)
-            _flush()
-
-    def hosts_others(self) -> bool:
-        """Whether other work than that of this task runs in this process, as far as one can know."""
-        mine = self._identity.task_id
-        opened = [worker for worker in tuple(_held_here.values()) if worker is not None]
-        return _ray.runs_several() or any(worker._identity.task_id != mine for worker in opened)  # noqa: SLF001 - of this class
-
-    # --- the end ---
-
-    def failure(self, error: BaseException, cause: str = "exception") -> FailureRecord:
-        """What is kept of an exception that came out of the body."""
-        text = _text(error)
-        message = f"{type(error).__name__}({text!r})" if text else type(error).__name__
-        pinned = _is_of_the_batch(error) and self.handle.is_to_blame(error)
-        if isinstance(error, StalledError):
-            return failure_of(self.handle, self._identity, "stall", message, self.guard.stacks, pinned=pinned)
-        return failure_of(self.handle, self._identity, cause, message, pinned=pinned)
-
-    def leave(self, ended: Ended, failure: FailureRecord | None = None) -> None:
-        """Flush the newest snapshot with a note, and give the worker up. What it leaves with goes on, whatever the store says."""
-        try:
-            self.give_up(ended, failure)
-        except Exception as trouble:  # noqa: BLE001 - it must not take the place of a cancel, or of the user's own exception
-            text = f"'{self.handle.task}/{self.handle.worker_id}' could not note why it leaves: {trouble}"
-            _events.emit(logging.ERROR, "faultguard.leave_failed", text, **self.handle.fields())
-        self.close("cancelled" if ended.cause == "cancelled" else "recovered")
-
-    def give_up(self, ended: Ended, failure: FailureRecord | None, *, patient: bool = False) -> None:
-        """Flush the newest snapshot with a note; and say what that quarantines."""
-        before = self.journal.held.quarantined
-        self.journal.leave(ended, failure, patient=patient)
-        _say_quarantined(self.handle, self.journal.held, before)
-
-    def close(self, status: str) -> None:
-        """Give the worker up: no more writes, no more beats."""
-        self._status = status
-        try:
-            self.handle.close()
-            self.journal.close()
-        finally:  # a cancel may come between any two of these
-            _held_here.pop(self.journal.held.owner.writer, None)
-            _watcher.unwatch(self)
-            _beater.unregister(self)
 
 
 # --- claiming -------------------------------------------------------------------------------------------------------
@@ -411,7 +199,7 @@ def _death_of_holder(log: StoredLog) -> tuple[str, str, str]:
 
 def _give_back(log: StoredLog, owner: Owner, cause: str) -> None:
     """Cut between the claim and the handle: say so in the log, or a process that lives on would hold the worker for ever."""
-    _held_here.pop(owner.writer, None)
+    held_here.pop(owner.writer, None)
     try:
         head = log.newest()
         if head is not None and head.owner.writer == owner.writer and head.kind == "claim":
@@ -432,13 +220,13 @@ def _open(
     journal = Journal(log, granted.held, schedule, options.keep, settings.store_patience)
     handle = _handle(settings, options, journal, schedule, granted.snapshot)
     if granted.damaged:
-        _say_damaged(handle, granted.damaged)
+        say_damaged(handle, granted.damaged)
     if identity.attempt and granted.head is None:
-        _say_from_zero(handle)
+        say_from_zero(handle)
     if granted.held.attempt > 1 and granted.held.failures:
-        _say_resumed(handle, granted.held, me.max_failures, beside=True)
+        say_resumed(handle, granted.held, me.max_failures, beside=True)
     if granted.head is not None and granted.head.life == granted.held.life:
-        _say_quarantined(handle, granted.held, granted.head.quarantined, beside=True)
+        say_quarantined(handle, granted.held, granted.head.quarantined, beside=True)
     return OpenWorker(settings, identity, journal, handle, leaves=leaves)
 
 
@@ -479,7 +267,7 @@ def _claim(log: StoredLog, me: rules.Claimant, settings: Settings) -> rules.Gran
         owner = head.owner
         dead = is_dead(holder := ProcessId(owner.boot_id, owner.pid, owner.start_time))
         if holder == this_process():  # of this very process: it knows what it still holds
-            if owner.writer in _held_here:
+            if owner.writer in held_here:
                 raise _duplicate(me, head, settings)
             dead = True
         if watched is None or watched[0] != head.number:
@@ -595,13 +383,6 @@ def _check_recorded(record: Record, settings: Settings, work: Work) -> None:
     if record.owner.epoch == settings.epoch:
         then = "its recorded result is given, and nothing is run. Give new work an id of its own, or start it over with"
         say_completed_already(record, settings, f"{then} .options(resume='never').")
-
-
-def say_completed_already(record: Record, settings: Settings, then: str) -> None:
-    """In a named run an id is one piece of work: whoever asks twice is told what comes of it."""
-    text = f"'{record.task}/{record.worker_id}' was completed by this driver already: {then}"
-    fields = {"run": settings.run, "task": record.task, "worker_id": record.worker_id, "attempt": record.attempt, "token": record.token}
-    _events.emit(logging.WARNING, "faultguard.completed_already", text, **fields)
 
 
 def check_arguments(task: str, worker_id: str, outcome: Outcome, arguments: Mapping[str, str]) -> None:
@@ -830,8 +611,8 @@ class _Task:
         reopened = journal.reopened(schedule, self._options.keep)
         handle = _handle(self._settings, self._options, reopened, schedule, journal.held.durable)
         self._open = OpenWorker(self._settings, self._identity, reopened, handle, leaves=True)
-        _say_resumed(handle, journal.held, self._max_failures, state.next_action.sleep)
-        _say_quarantined(handle, journal.held, quarantined)
+        say_resumed(handle, journal.held, self._max_failures, state.next_action.sleep)
+        say_quarantined(handle, journal.held, quarantined)
 
     def _goes_elsewhere(self, failure: FailureRecord) -> bool:
         """After the second failure in a row on this node: leave the worker to an attempt on another one, if there is one."""
@@ -847,7 +628,7 @@ class _Task:
         """No further attempt in this process: let Ray start another one, and bring the arguments as first passed."""
         self._open.give_up(Ended("exception", charged=True), failure, patient=True)
         self._open.close("recovered")
-        _say_leaves(self._open.handle, failure, why)
+        say_leaves(self._open.handle, failure, why)
         leave_process()
 
     def _give_up(self, error: Exception) -> NoReturn:
@@ -864,7 +645,7 @@ class _Task:
             journal.end(Outcome("failed", message=failure.message), journal.newest, failure)
         finally:
             self._open.close("failed")
-        _say_given_up(self._open.handle, failure, self._max_failures if self._retried else None)
+        say_given_up(self._open.handle, failure, self._max_failures if self._retried else None)
         if not self._retried:
             raise error
         failures = journal.held.failures
@@ -894,51 +675,6 @@ class _Task:
         time.sleep(max(deadline - time.monotonic(), 0.0))
 
 
-def _is_of_the_batch(error: BaseException) -> bool:
-    """Whether what came out of a batch can be its doing: not a signal, an exit or a cancel, and not the store's trouble."""
-    return isinstance(error, Exception) and not isinstance(error, CheckpointStoreError)
-
-
-def failure_of(
-    handle: Checkpoint, identity: _ray.Identity, cause: str, message: str, seen: str = "", *, pinned: bool = False
-) -> FailureRecord:
-    """A failure of an attempt of this process, now. `pinned`: of the batch at which it stands."""
-    return FailureRecord(
-        cause=cause,
-        attempt=handle.attempt,
-        batch=handle.current_batch,
-        message=message[:MAX_MESSAGE],
-        node_id=identity.node_id,
-        pid=os.getpid(),
-        time=time.time(),
-        position=handle.position,
-        stacks=seen,
-        place=handle.place,
-        pinned=pinned,
-    )
-
-
-def _text(error: BaseException) -> str:
-    if type(error).__str__ is KeyError.__str__ and len(error.args) == 1:  # which shows its key in quotes of its own
-        error = Exception(*error.args)
-    try:
-        return str(error)
-    except Exception as trouble:  # noqa: BLE001 - a user's __str__ may raise anything
-        return f"its text raises {type(trouble).__name__}"
-
-
-def leave_process() -> NoReturn:
-    """End this process at once, so that Ray runs the task again in another one."""
-    _flush()
-    os._exit(1)
-
-
-def _flush() -> None:
-    with contextlib.suppress(OSError, ValueError):
-        sys.stdout.flush()
-        sys.stderr.flush()
-
-
 def cause_of_leaving(error: BaseException) -> str:
     """What a note in the log calls the end of an attempt that `error` cuts."""
     if isinstance(error, StalledError):
@@ -952,86 +688,3 @@ def cause_of_leaving(error: BaseException) -> str:
     if isinstance(error, SystemExit):
         return "terminated" if _ray.was_terminated(error) else "exit"
     return type(error).__name__
-
-
-# --- saying ---------------------------------------------------------------------------------------------------------
-
-
-def _say_resumed(handle: Checkpoint, held: rules.Held, max_failures: int, wait_s: float = 0.0, *, beside: bool = False) -> None:
-    """One line per failure and resume, ids first: Ray folds lines that are alike."""
-    failure = held.failures[-1]
-    of = "" if max_failures < 0 else f" of {held.attempt + max_failures - held.charged}"
-    where = _place(handle.position, handle.restored_total)
-    ago = max(time.time() - failure.time, 0.0)
-    there = "there" if failure.position == handle.position else f"at {_place(failure.position)}"
-    how = f"with {failure.message}" if failure.message else f"by {failure.cause} (pid {failure.pid})"
-    when = f" {ago:.1f} s ago" if failure.cause != "crash" else ""
-    after = f", after a wait of {wait_s:.1f} s" if wait_s >= LONG_WAIT_S else ""
-    emit = _events.emit_beside if beside else _events.emit
-    emit(
-        logging.WARNING,
-        "faultguard.attempt_resumed",
-        f"'{handle.task}/{handle.worker_id}' attempt {held.attempt}{of} resumes at {where}{after}: attempt {failure.attempt} failed "
-        f"{there}{when} {how}.",
-        **handle.fields(),
-        cause=failure.cause,
-        node=failure.node_id,
-        failed_pid=failure.pid,
-        failed_batch=failure.batch,
-        wait_s=round(wait_s, 3),
-        ago_s=round(ago, 3),
-    )
-
-
-def _place(position: tuple[int, ...], total: int | None = None) -> str:
-    """A batch, as people name it: `batch 3 of 8`, in nested loops with where the outer ones are."""
-    batch = f"batch {position[-1] if position else 0}" + (f" of {total}" if total is not None else "")
-    return batch + (f" (position {', '.join(map(str, position))})" if len(position) > 1 else "")
-
-
-def _say_given_up(handle: Checkpoint, failure: FailureRecord, max_failures: int | None) -> None:
-    why = "it is not retried" if max_failures is None else f"max_failures={max_failures} is used up"
-    text = (
-        f"'{handle.task}/{handle.worker_id}' attempt {failure.attempt} failed at {_place(failure.position)} with {failure.message}; {why}."
-    )
-    _events.emit(logging.WARNING, "faultguard.attempt_failed", text, **handle.fields(), cause=failure.cause, node=failure.node_id)
-
-
-def _say_quarantined(handle: Checkpoint, held: rules.Held, before: tuple[Place, ...], *, beside: bool = False) -> None:
-    """One line per batch that was not quarantined before."""
-    emit = _events.emit_beside if beside else _events.emit
-    for place in held.quarantined[len(before) :]:
-        failure = held.failures[-1]
-        loops = ", ".join(f"{spot.loop!r}" for spot in place)
-        where = f"{_place(tuple(spot.done for spot in place))} of {loops}"
-        how = failure.message or failure.cause
-        text = (
-            f"'{handle.task}/{handle.worker_id}' quarantines {where}: three attempts failed there, attempt {failure.attempt} with {how}. "
-            f"It is passed over from now on, and its failures are given back."
-        )
-        fields = {**handle.fields(), "quarantined": batch_of(place), "cause": failure.cause}
-        emit(logging.WARNING, "faultguard.batch_quarantined", text, **fields)
-
-
-def _say_leaves(handle: Checkpoint, failure: FailureRecord, why: str) -> None:
-    text = (
-        f"'{handle.task}/{handle.worker_id}' attempt {failure.attempt} failed at {_place(failure.position)} with {failure.message}; a new "
-        f"process goes on, because {why}."
-    )
-    _events.emit(logging.WARNING, "faultguard.attempt_left", text, **handle.fields(), cause=failure.cause)
-
-
-def _say_from_zero(handle: Checkpoint) -> None:
-    text = (
-        f"'{handle.task}/{handle.worker_id}' finds nothing of the attempts before it: they died before they began, or its records were "
-        f"removed. It begins from zero."
-    )
-    _events.emit_beside(logging.WARNING, "faultguard.from_zero", text, **handle.fields())
-
-
-def _say_damaged(handle: Checkpoint, damaged: tuple[int, ...]) -> None:
-    text = (
-        f"'{handle.task}/{handle.worker_id}' found damaged checkpoint records {', '.join(map(str, damaged))} and set them aside; it "
-        f"goes on from the newest intact one."
-    )
-    _events.emit(logging.WARNING, "faultguard.record_damaged", text, **handle.fields(), damaged=list(damaged))

@@ -13,6 +13,7 @@ from faultguard._core.records import Ended, FailureRecord, Outcome
 from faultguard._core.schedule import check_every
 from faultguard._core.stall import check_timeout
 from faultguard._handle import Checkpoint
+from faultguard._sentences import say_completed_already
 from faultguard.errors import UsageError
 from faultguard.policy import check_on_poison
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
     from faultguard._core.schedule import Every
     from faultguard._settings import Settings
+    from faultguard._worker import OpenWorker
     from faultguard.policy import OnPoison
 
 __all__ = ["batches", "checkpointed", "current", "refuse_not_yet"]
@@ -92,7 +94,7 @@ class checkpointed:  # noqa: N801 - read as `with checkpointed(...)`
         self._keep = check_keep(keep) if keep is not None else None
         self._on_poison = check_on_poison("checkpointed", on_poison) if on_poison is not None else None
         self._stall_timeout_s = check_timeout("checkpointed(stall_timeout=", stall_timeout)
-        self._opened: _attempt.OpenWorker | None = None  # a worker of this block's own
+        self._opened: OpenWorker | None = None  # a worker of this block's own
         self._entered: _session.entered | None = None
         self._around: Checkpoint | None = None  # whose clock stands still
 
@@ -235,7 +237,7 @@ class checkpointed:  # noqa: N801 - read as `with checkpointed(...)`
                 raise UsageError(msg)
             if settings.named and owner.epoch == settings.epoch and owner.task_id != identity.task_id:
                 then = "the loops of its block are done, and yield nothing. Give new work an id of its own."
-                _attempt.say_completed_already(record, settings, then)
+                say_completed_already(record, settings, then)
             handle = Checkpoint.in_memory(
                 task=record.task,
                 worker_id=record.worker_id,
@@ -250,7 +252,7 @@ class checkpointed:  # noqa: N801 - read as `with checkpointed(...)`
             handle = opened.handle
         return _session.TaskContext(handle, settings, identity, local_retry, task is not None and task.decorated, parent=task)
 
-    def _end(self, opened: _attempt.OpenWorker, error: BaseException | None) -> None:
+    def _end(self, opened: OpenWorker, error: BaseException | None) -> None:
         """End a worker of this block's own: with an outcome, or with a note that it leaves. Its caller decides about retries."""
         if error is not None:
             opened.leave(*self._note(opened, error))
@@ -262,7 +264,7 @@ class checkpointed:  # noqa: N801 - read as `with checkpointed(...)`
             raise
         opened.close("completed")
 
-    def _note(self, opened: _attempt.OpenWorker, error: BaseException) -> tuple[Ended, FailureRecord | None]:
+    def _note(self, opened: OpenWorker, error: BaseException) -> tuple[Ended, FailureRecord | None]:
         """Why the block leaves. It has no budget; failures are counted only so that three in a row at one batch are seen."""
         cause = _attempt.cause_of_leaving(error)
         failure = opened.failure(error) if self._on_poison == "skip" and isinstance(error, Exception) else None

@@ -12,6 +12,7 @@ import collections
 import contextlib
 import ctypes
 import faulthandler
+import json
 import os
 import queue
 import random
@@ -19,13 +20,14 @@ import re
 import shutil
 import signal
 import statistics
+import subprocess
 import sys
 import tempfile
 import threading
 import time
 import traceback
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +39,7 @@ from faultguard._core.records import decode_record
 from tests.nodes import Nodes, alive, some_nodes
 from tests.soak_check import KILLED_BY_US, Fault, problems_of
 from tests.soak_tasks import DECORATED, KINDS, ORDERS, Job, Limits, PlannedError, decorated, start_server, undecorated
-from tests.tasks import expected, manager_pid, open_files, our_threads, wait_until
+from tests.tasks import Trace, expected, manager_pid, open_files, our_threads, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -49,6 +51,7 @@ WAIT_S = 300  # for what must come; a machine with other work on it is slow
 CLOSING_S = 600  # for all to complete
 PAUSE_S = 2.0
 MAX_REFUSALS = 20
+DRIVEN = 2  # workers of a driver of its own
 PR_SET_CHILD_SUBREAPER = 36
 
 
@@ -84,6 +87,7 @@ class Soak:
         self.workers: list[Any] = [nodes.add(size.cpus) for _ in range(NODES)]
         self.removed: set[str] = set()
         self.jobs: dict[str, Job] = {}
+        self.drivers: list[Driver] = []
         self.live: dict[Any, Job] = {}
         self._wanted: queue.Queue[Future[Any]] = queue.Queue()
         self._servers: dict[str, Any] = {}
@@ -253,16 +257,16 @@ class Soak:
 
     # --- logs ---
 
-    def log_of(self, job: Job) -> list[Record]:
-        """Its records, oldest first."""
-        paths = (Path(self.run.checkpoint_dir) / self.run.name).glob(f"*/{job.worker_id}/*.json")
+    def log_of(self, job: Job, run: str = "") -> list[Record]:
+        """Its records, oldest first. `run`: the folder of another run than that of this process."""
+        paths = Path(self.run.checkpoint_dir).glob(f"{run or self.run.name}/*/{job.worker_id}/*.json")
         numbered = sorted((number, path) for path in paths if (number := record_number(path.name)) is not None)
         found = [decode_record(path.read_bytes(), number) for number, path in numbered]
         return [record for record in found if record is not None]
 
     def killed_by_us(self) -> list[tuple[str, int]]:
         """Worker and attempt of every process that the manager says it has ended."""
-        said = re.compile(r"'[^'/]+/(w\d+)' attempt (\d+) (?:was stopped by a signal|stood still for longer than its stall_timeout)")
+        said = re.compile(r"'[^'/]+/([wd][\d-]+)' attempt (\d+) (?:was stopped by a signal|stood still for longer than its stall_timeout)")
         logs = (Path(self.nodes.directory) / "session_latest" / "logs").glob("worker-*.err")
         return sorted({(worker, int(attempt)) for log in logs for worker, attempt in said.findall(log.read_text(errors="replace"))})
 
@@ -353,7 +357,7 @@ def workers_on(soak: Soak, node: Any) -> list[Job]:
 
 def take_away(soak: Soak, node: Any, kind: str) -> None:
     """From now on whatever ends there has this reason."""
-    soak.faults += [Fault(kind, node=node.node_id) for _ in soak.jobs]
+    soak.faults += [Fault(kind, node=node.node_id) for _ in range(len(soak.jobs) + DRIVEN * len(soak.drivers))]
     soak.removed.add(node.node_id)
     soak.workers.remove(node)
     soak.say(f"{kind}: {node.node_id[:8]} with {', '.join(job.worker_id for job in workers_on(soak, node))}")
@@ -487,6 +491,75 @@ def sicken_store(soak: Soak, rng: random.Random, kind: str) -> None:
     sickness.unlink()
 
 
+class Driver:
+    """One of a named run with workers of its own, beside all the others; started as often as it takes."""
+
+    def __init__(self, soak: Soak, rng: random.Random) -> None:
+        self.number = len(soak.drivers)
+        self.run = f"driven{self.number}"
+        kinds = rng.sample(sorted(DECORATED), DRIVEN)
+        sizes = [rng.randrange(*soak.size.batches, 10) for _ in kinds]
+        names = [f"d{self.number}-{index}" for index in range(DRIVEN)]
+        self.jobs = [Job(name, kind, size, 0.05, soak.folder, soak.limits) for name, kind, size in zip(names, kinds, sizes, strict=True)]
+        self.trace = Trace(f"{soak.folder}/{self.run}.trace")
+        self.read = Path(f"{soak.folder}/{self.run}.read")
+        self._said = Path(f"{soak.folder}/{self.run}.said")
+        self._spec = {
+            "address": soak.nodes.address,
+            "run": self.run,
+            "checkpoint_dir": soak.run.checkpoint_dir,
+            "init": {"heartbeat_interval": soak.limits.interval, "heartbeat_timeout": soak.limits.heartbeat_timeout},
+            "jobs": [asdict(job) for job in self.jobs],
+            "trace": self.trace.path,
+            "read": str(self.read),
+        }
+
+    def start(self) -> subprocess.Popen[bytes]:
+        """Once more."""
+        with self._said.open("ab") as said:
+            return subprocess.Popen([sys.executable, "-m", "tests.soak_driver", json.dumps(self._spec)], stdout=said, stderr=said)
+
+    def said(self) -> str:
+        """All that its processes have printed."""
+        return self._said.read_text("utf-8", "replace")
+
+    def is_done(self, job: Job) -> bool:
+        """Whether it has had the result of a worker."""
+        return bool(self.trace.notes("result", job.worker_id))
+
+
+def kill_driver(soak: Soak, rng: random.Random, kind: str) -> None:
+    """Kill a driver whose workers work, once or twice, and start it again: what has completed is not run, and the others resume."""
+    driver = Driver(soak, rng)
+    soak.drivers.append(driver)
+    for _ in range(rng.randint(1, 2)):
+        before = {job: soak.newest(job).get("batch", 0) for job in driver.jobs}
+        began = time.monotonic()
+        process = driver.start()
+
+        def gets_on(before: dict[Job, int] = before) -> bool:
+            return all(driver.is_done(job) or soak.newest(job).get("batch", 0) > batch + 2 for job, batch in before.items())
+
+        wait_until(gets_on, WAIT_S)
+        soak.took[kind].append(time.monotonic() - began)
+        soak.faults += [Fault(kind, job.worker_id) for job in driver.jobs]
+        soak.say(f"{kind}: pid {process.pid} of {driver.run} with {', '.join(job.worker_id for job in driver.jobs)}")
+        process.kill()
+        process.wait(WAIT_S)
+    process = driver.start()
+    wait_until(lambda: all(map(driver.is_done, driver.jobs)) or process.poll() is not None, WAIT_S)
+    for job in driver.jobs:
+        values = [note["value"] for note in driver.trace.notes("result", job.worker_id)]
+        if not values or any(tuple(value) != expected(job.size) for value in values):
+            soak.wrong(f"{job.worker_id} of {driver.run} gave {str(values)[:200]}, not the result of {job.size} batches: {driver.said()}")
+            continue
+        for problem in problems_of(job.worker_id, job.kind, job.trace.notes(), soak.log_of(job, f"{driver.run}/*"), soak.faults):
+            soak.wrong(f"{problem} ({driver.run}: {job.kind})")
+    driver.read.touch()
+    if process.wait(WAIT_S) != 0 or f"run {driver.run!r} (#1) closed: {DRIVEN} completed" not in driver.said():
+        soak.wrong(f"the driver of {driver.run} did not close it: {driver.said()}")
+
+
 OF_WORKERS: dict[str, Any] = {
     **dict.fromkeys(ORDERS, order),
     **dict.fromkeys(("SIGKILL", "SIGTERM", "SIGSTOP"), send),
@@ -500,8 +573,8 @@ OF_ALL: dict[str, Any] = {
     "manager frozen": freeze_manager,
     "store slow": sicken_store,
     "store full": sicken_store,
+    "driver killed": kill_driver,
 }
-# A driver that is killed and started again, with a named run, is another table of this kind, once there are named runs.
 
 
 class Deck:

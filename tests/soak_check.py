@@ -24,6 +24,7 @@ ENDS = {
     "SIGSTOP and SIGCONT": set(),
     "faultguard.cancel": {"cancelled"},
     "ray.cancel": {"cancelled"},
+    "driver killed": {"crash"},
     "node killed": {"crash"},
     "node frozen": {"crash"},
     "node drained": {"drained", "crash"},  # who does not leave in time dies with it; only a worker without progress is charged

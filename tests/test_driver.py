@@ -179,11 +179,11 @@ def ends_badly(worker_id: str, trace: Trace) -> int:
 @ray.remote(num_cpus=4)
 def look_closely() -> dict[str, Any]:
     """Everything that this library could have left in the process, and beside it."""
-    from faultguard import _attempt, _beater, _journal, _marks, _ray, _session, _watcher
+    from faultguard import _beater, _journal, _marks, _ray, _session, _watcher, _worker
 
     children = Path(f"/proc/self/task/{os.getpid()}/children").read_text("ascii").split()
     marks = Path(_ray.session_dir(), "faultguard").glob(f"{os.getpid()}-*")
-    kept = (_attempt._held_here, _beater._clients, _watcher._clients, _journal._writer._clients, _marks._said, _session.context())
+    kept = (_worker.held_here, _beater._clients, _watcher._clients, _journal._writer._clients, _marks._said, _session.context())
     return {
         "threads": our_threads(),
         "children": children,

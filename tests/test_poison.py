@@ -13,7 +13,7 @@ import pytest
 import ray
 
 import faultguard
-from faultguard import _attempt, _ray
+from faultguard import _attempt, _ray, _worker
 from faultguard._core.budget import MAX_QUARANTINED, batch_of
 from faultguard._settings import Settings
 from faultguard.storage import open_store, store_id
@@ -154,7 +154,7 @@ def test_a_batch_that_stalls_three_times_is_quarantined(settings: Settings, swal
 )
 def test_whose_doing_an_exception_can_be(error: BaseException, its: bool) -> None:
     """Trouble of the store, an exit, or a cancel that comes out of a batch is not the batch's."""
-    assert _attempt._is_of_the_batch(error) is its
+    assert _worker.is_of_the_batch(error) is its
 
 
 def test_a_predicate_that_fails_trusts_no_process(

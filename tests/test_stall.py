@@ -17,7 +17,7 @@ import pytest
 import ray
 
 import faultguard
-from faultguard import StalledError, _attempt, _ray, _watcher
+from faultguard import StalledError, _attempt, _ray, _watcher, _worker
 from faultguard._core import stall
 from faultguard._journal import Journal
 from faultguard._settings import Settings
@@ -269,7 +269,7 @@ def test_without_a_timeout_one_warning(settings: Settings, caplog: pytest.LogCap
 
     def count() -> int:
         ckpt = faultguard.current()
-        worker = next(worker for worker in _attempt._held_here.values() if worker is not None)
+        worker = next(worker for worker in _worker.held_here.values() if worker is not None)
         worker.mark_every_s = 0.02
         worker.begins()  # as the beater says when it beats for the first time
         for _ in ckpt.batches(range(2)):
@@ -416,7 +416,7 @@ class _Striker:
     def _strike(self) -> None:
         seen: list[tuple[StallGuard, object]] = []
         while not self._done.is_set():
-            seen += [(worker.guard, worker.guard.look()[0]) for worker in tuple(_attempt._held_here.values()) if worker is not None]
+            seen += [(worker.guard, worker.guard.look()[0]) for worker in tuple(_worker.held_here.values()) if worker is not None]
             del seen[:-4]
             for guard, key in seen:
                 self.struck += key is not None and guard.strike(key, StalledError("struck"), "")
@@ -453,7 +453,7 @@ def test_a_stall_at_the_very_end_never_reaches_the_next_task(settings: Settings,
             for _ in range(200):
                 str(number)
     assert striker.struck > ROUNDS / 2
-    assert not _attempt._held_here
+    assert not _worker.held_here
     assert not _watcher._clients
 
 
