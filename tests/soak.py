@@ -37,8 +37,20 @@ import faultguard
 from faultguard._core.names import record_number
 from faultguard._core.records import decode_record
 from tests.nodes import Nodes, alive, some_nodes
-from tests.soak_check import KILLED_BY_US, Fault, problems_of
-from tests.soak_tasks import DECORATED, KINDS, ORDERS, Job, Limits, PlannedError, decorated, start_server, undecorated
+from tests.soak_check import BOUNDED, BUDGET, KILLED_BY_US, Fault, problems_of
+from tests.soak_tasks import (
+    DECORATED,
+    KINDS,
+    ORDERS,
+    Job,
+    Limits,
+    PlannedError,
+    bounded,
+    decorated,
+    met_by,
+    start_server,
+    undecorated,
+)
 from tests.tasks import Trace, expected, manager_pid, open_files, our_threads, wait_until
 
 if TYPE_CHECKING:
@@ -66,6 +78,7 @@ class Size:
     limits: Limits
 
 
+TASKS: dict[str, Any] = {BOUNDED: bounded}
 LONG = Size(20, 12, 3, (100, 400), Limits(1.0, 6.0, 6.0))
 SHORT = Size(10, 6, 4, (60, 160), Limits(0.5, 3.0, 2.0))  # for less than a minute
 
@@ -88,6 +101,7 @@ class Soak:
         self.removed: set[str] = set()
         self.jobs: dict[str, Job] = {}
         self.drivers: list[Driver] = []
+        self.happened: set[str] = set()
         self.live: dict[Any, Job] = {}
         self._wanted: queue.Queue[Future[Any]] = queue.Queue()
         self._servers: dict[str, Any] = {}
@@ -124,7 +138,7 @@ class Soak:
                 self._servers[job.worker_id] = start_server()
             ref = self._servers[job.worker_id].work.remote(job)
         else:
-            ref = decorated.remote(job) if job.kind in DECORATED else undecorated.remote(job)
+            ref = TASKS.get(job.kind, decorated if job.kind in DECORATED else undecorated).remote(job)
         with self._lock:
             self.live[ref] = job
 
@@ -159,6 +173,10 @@ class Soak:
             return False
         # A cancelled attempt may still hold the worker, be it that its node has frozen.
         cancelled = (ray.exceptions.TaskCancelledError, ray.exceptions.WorkerCrashedError, faultguard.DuplicateWorkerError)
+        if job.kind == BOUNDED and isinstance(error, faultguard.MaxFailuresExceeded):
+            return len(error.failures) == BUDGET + 1
+        if isinstance(error, faultguard.CheckpointStoreError):  # the first attempt on a node that has no store is told at once
+            return "store away" in self.happened
         if isinstance(error, cancelled) and any(f.worker == job.worker_id and "cancel" in f.kind for f in self.faults):
             return True
         return job.kind == "actor" and isinstance(error, (PlannedError, faultguard.StalledError, ray.exceptions.RayActorError))
@@ -256,6 +274,12 @@ class Soak:
                     wanted.set_exception(error)
 
     # --- logs ---
+
+    def complaints(self) -> int:
+        """How often a worker has said that its store is in trouble."""
+        logs = (Path(self.nodes.directory) / "session_latest" / "logs").glob("worker-*.err")
+        said = ("cannot save", "cannot begin")
+        return sum(text in line for log in logs for line in log.read_text(errors="replace").splitlines() for text in said)
 
     def log_of(self, job: Job, run: str = "") -> list[Record]:
         """Its records, oldest first. `run`: the folder of another run than that of this process."""
@@ -395,20 +419,20 @@ def kill_node(soak: Soak, rng: random.Random, kind: str) -> None:
 
 
 def freeze_node(soak: Soak, rng: random.Random, kind: str) -> None:
-    """Freeze a node with everything on it until its workers have successors; they thaw beside them."""
+    """Freeze a node with everything on it, or its raylet alone, until its workers have successors; they thaw, or work on, beside them."""
     replace_lost(soak)
     node = rng.choice(soak.workers)
     take_away(soak, node, kind)
     raylet = node.all_processes["raylet"][0].process
     pids = children(raylet.pid)
-    with soak.nodes.frozen(node, *pids):
+    with soak.nodes.frozen(node, *(pids if kind == "node frozen" else ())):
         soak.add_node()
         wait_left(soak, node, kind)
         wait_until(lambda: node.node_id not in alive(), WAIT_S)
     began = time.monotonic()
     wait_until(lambda: raylet.poll() is not None, WAIT_S)  # it learns that it was given up; others see it only when it is reaped
     wait_until(lambda: not any(runs(pid) for pid in pids), WAIT_S)
-    soak.took["its zombies, thawed"].append(time.monotonic() - began)
+    soak.took[f"{kind}: its zombies"].append(time.monotonic() - began)
     soak.nodes.remove(node)
 
 
@@ -480,15 +504,44 @@ def freeze_manager(soak: Soak, rng: random.Random, kind: str) -> None:
 
 
 def sicken_store(soak: Soak, rng: random.Random, kind: str) -> None:
-    """Let the disk be slow, or full, for a while."""
-    sickness = next(iter(soak.jobs.values())).sickness
+    """Let the disk be slow, or full, or the directory be away, for a while and until somebody has met that."""
     seconds = soak.limits.heartbeat_timeout * rng.uniform(0.5, 2)
-    soak.say(f"{kind}: for {seconds:.1f} s")
+    what = kind.rpartition(" ")[2]
+    with soak.target(rng):  # somebody works
+        soak.say(f"{kind}: for {seconds:.1f} s")
+        with store_away(soak) if what == "away" else store_sick(soak, what) as is_met:
+            time.sleep(seconds)
+            wait_until(is_met, WAIT_S)
+
+
+@contextlib.contextmanager
+def store_sick(soak: Soak, what: str) -> Iterator[Callable[[], bool]]:
+    """Gives whether anybody has noted it."""
+    sickness = next(iter(soak.jobs.values())).sickness
+    met = Trace(met_by(sickness))
+    before = len(met.notes(what))
     new = sickness.with_suffix(".new")
-    new.write_text(kind.rpartition(" ")[2], "utf-8")
+    new.write_text(what, "utf-8")
     new.rename(sickness)
-    time.sleep(seconds)
-    sickness.unlink()
+    try:
+        yield lambda: len(met.notes(what)) > before
+    finally:
+        sickness.unlink()
+
+
+@contextlib.contextmanager
+def store_away(soak: Soak) -> Iterator[Callable[[], bool]]:
+    """Rename the directory, and back. Gives whether anybody has missed it."""
+    store, before = Path(soak.run.checkpoint_dir), soak.complaints()
+    away = store.with_name("away")
+    store.rename(away)
+    try:
+        yield lambda: soak.complaints() > before
+    finally:
+        if store.exists():
+            soak.wrong(f"somebody has made the store anew: {[*map(str, store.rglob('*'))][:10]}")
+            shutil.rmtree(store)
+        away.rename(store)
 
 
 class Driver:
@@ -497,7 +550,7 @@ class Driver:
     def __init__(self, soak: Soak, rng: random.Random) -> None:
         self.number = len(soak.drivers)
         self.run = f"driven{self.number}"
-        kinds = rng.sample(sorted(DECORATED), DRIVEN)
+        kinds = rng.sample(sorted(DECORATED - {BOUNDED}), DRIVEN)
         sizes = [rng.randrange(*soak.size.batches, 10) for _ in kinds]
         names = [f"d{self.number}-{index}" for index in range(DRIVEN)]
         self.jobs = [Job(name, kind, size, 0.05, soak.folder, soak.limits) for name, kind, size in zip(names, kinds, sizes, strict=True)]
@@ -528,11 +581,14 @@ class Driver:
         return bool(self.trace.notes("result", job.worker_id))
 
 
-def kill_driver(soak: Soak, rng: random.Random, kind: str) -> None:
-    """Kill a driver whose workers work, once or twice, and start it again: what has completed is not run, and the others resume."""
+def disturb_driver(soak: Soak, rng: random.Random, kind: str) -> None:
+    """Kill a driver whose workers work, once or twice, and start it again; or freeze it until another one has taken its run over.
+
+    What has completed is not run again, and the others resume.
+    """
     driver = Driver(soak, rng)
     soak.drivers.append(driver)
-    for _ in range(rng.randint(1, 2)):
+    for _ in range(rng.randint(1, 2) if kind == "driver killed" else 1):
         before = {job: soak.newest(job).get("batch", 0) for job in driver.jobs}
         began = time.monotonic()
         process = driver.start()
@@ -544,10 +600,21 @@ def kill_driver(soak: Soak, rng: random.Random, kind: str) -> None:
         soak.took[kind].append(time.monotonic() - began)
         soak.faults += [Fault(kind, job.worker_id) for job in driver.jobs]
         soak.say(f"{kind}: pid {process.pid} of {driver.run} with {', '.join(job.worker_id for job in driver.jobs)}")
-        process.kill()
-        process.wait(WAIT_S)
-    process = driver.start()
-    wait_until(lambda: all(map(driver.is_done, driver.jobs)) or process.poll() is not None, WAIT_S)
+        process.send_signal(signal.SIGKILL if kind == "driver killed" else signal.SIGSTOP)
+        if kind == "driver killed":
+            process.wait(WAIT_S)
+    last = driver.start()
+    if kind == "driver frozen":
+        wait_until(lambda: len(driver.trace.notes("submitted")) > 1 or last.poll() is not None, WAIT_S)
+        process.send_signal(signal.SIGCONT)
+        if process.wait(WAIT_S) == 0:
+            soak.wrong(f"the first driver of {driver.run}, whose run was taken over, has not noticed: {driver.said()}")
+    wait_until(lambda: all(map(driver.is_done, driver.jobs)) or last.poll() is not None, WAIT_S)
+    check_driver(soak, driver, last)
+
+
+def check_driver(soak: Soak, driver: Driver, process: subprocess.Popen[bytes]) -> None:
+    """What the last process of a driver has got, what the logs say, and that it closes its run."""
     for job in driver.jobs:
         values = [note["value"] for note in driver.trace.notes("result", job.worker_id)]
         if not values or any(tuple(value) != expected(job.size) for value in values):
@@ -567,13 +634,20 @@ OF_WORKERS: dict[str, Any] = {
     "faultguard.cancel": cancel,
     "ray.cancel": cancel,
 }
-OF_NODES: dict[str, Any] = {"node killed": kill_node, "node frozen": freeze_node, "node drained": drain_node}
+OF_NODES: dict[str, Any] = {
+    "node killed": kill_node,
+    "node frozen": freeze_node,
+    "raylet frozen": freeze_node,
+    "node drained": drain_node,
+}
 OF_ALL: dict[str, Any] = {
     "manager killed": kill_manager,
     "manager frozen": freeze_manager,
     "store slow": sicken_store,
     "store full": sicken_store,
-    "driver killed": kill_driver,
+    "store away": sicken_store,
+    "driver killed": disturb_driver,
+    "driver frozen": disturb_driver,
 }
 
 
@@ -609,6 +683,7 @@ def inject(soak: Soak, deck: Deck, number: int, until: float) -> None:
     rng = random.Random(f"{soak.seed}/{number}/{len(deck.faults)}")
     while time.monotonic() < until or not deck.is_through:
         kind, fate = deck.draw()
+        soak.happened.add(kind)
         try:
             fate(soak, rng, kind)
         except Exception:  # noqa: BLE001 - listed; the others go on

@@ -24,15 +24,21 @@ ENDS = {
     "SIGSTOP and SIGCONT": set(),
     "faultguard.cancel": {"cancelled"},
     "ray.cancel": {"cancelled"},
-    "driver killed": {"crash"},
+    "driver killed": {"crash", "terminated"},  # Ray gives the workers of a dead driver some milliseconds
+    "driver frozen": {"crash", "terminated"},
     "node killed": {"crash"},
     "node frozen": {"crash"},
+    "raylet frozen": {"crash", "terminated"},
     "node drained": {"drained", "crash"},  # who does not leave in time dies with it; only a worker without progress is charged
     "node given up": {"crash"},  # by Ray itself, on a machine that is too busy
 }
 """How each fault may end the attempt that it meets."""
 
+BUDGET = 1
+"""What the workers survive whose budget is bounded."""
+
 KILLED_BY_US = frozenset({"SIGSTOP", "hang with the GIL"})
+BOUNDED = "bounded"
 UNDECORATED = frozenset({"block", "actor"})  # their exceptions are their callers' business
 EXCUSED = frozenset({"terminated", "drained"})
 NO_PROGRESS = 3  # an attempt that began no more batches may have saved nothing
@@ -47,6 +53,10 @@ class Fault:
     attempt: int = 0
     pid: int = 0
     node: str = ""
+
+    def reach(self) -> tuple[bool, bool]:
+        """What is there for all on a node explains an end before what meets one attempt, and that before what may meet any."""
+        return not self.node, not self.attempt
 
     def meets(self, claim: Record) -> bool:
         """Whether it was there that it took place."""
@@ -70,36 +80,53 @@ def problems_of(worker: str, kind: str, notes: Sequence[dict[str, Any]], log: Se
     """
     claims = [record for record in log if record.kind == "claim"]
     ordered = [Fault(note["kind"], worker, note["attempt"]) for note in notes if note["what"] == "fault"]
-    yield from _unexplained(worker, kind, claims, notes, [*faults, *ordered])
+    yield from _unexplained(worker, kind, claims, notes, [*faults, *ordered], _failed(log))
     yield from _misses(worker, notes)
     yield from _behind(worker, notes)
     end = log[-1]
     if end.kind != "end" or end.outcome is None or end.outcome.status != "completed":
         yield f"{worker}: its log ends with a {end.kind}, not with an outcome"
-    if [record.kind for record in log].count("end") != 1:
-        yield f"{worker}: more than one outcome"
+    if sum(record.outcome is not None and record.outcome.status == "completed" for record in log) != 1:
+        yield f"{worker}: not one outcome"
+    if kind != BOUNDED and _failed(log):
+        yield f"{worker}: failed for good, and its budget has no bound"
+    if kind == BOUNDED and (spent := max(record.charged for record in log)) > BUDGET + 1:
+        yield f"{worker}: {spent} charged, with a budget of {BUDGET}"
     if end.charged != len(end.failures):
         yield f"{worker}: {end.charged} charged, {len(end.failures)} failures in its history"
 
 
+def _failed(log: Sequence[Record]) -> list[Record]:
+    """The ends after which a caller has started the worker again, with a new budget."""
+    return [record for record in log if record.outcome is not None and record.outcome.status == "failed"]
+
+
 def _unexplained(
-    worker: str, kind: str, claims: Sequence[Record], notes: Sequence[dict[str, Any]], faults: Iterable[Fault]
+    worker: str,
+    kind: str,
+    claims: Sequence[Record],
+    notes: Sequence[dict[str, Any]],
+    faults: Iterable[Fault],
+    failed: Sequence[Record],
 ) -> Iterator[str]:
     """Ends of attempts that nobody caused, and those that were charged and should not have been, or the other way round."""
     left = list(faults)
     for claim, after in itertools.pairwise(claims):
         if claim.owner.writer == after.owner.writer and claim.attempt == after.attempt:
             continue  # tried twice: nothing ran under the first one
-        cause = after.predecessor
+        end = next((end for end in failed if claim.number < end.number < after.number), None)
+        cause = after.predecessor if end is None else end.failures[-1].cause
         where = f"{worker} attempt {claim.attempt} (pid {claim.owner.pid})"
-        found = next((fault for fault in left if fault.meets(claim) and cause in ENDS[fault.kind]), None)
+        found = min((fault for fault in left if fault.meets(claim) and cause in ENDS[fault.kind]), key=Fault.reach, default=None)
         if found is None:
             there = [fault.kind for fault in left if fault.meets(claim)]
             yield f"{where} ended by {cause!r}, which nobody caused; what took place there: {there}"
         else:
             left.remove(found)
         begun = sum(note["what"] == "batch" and note["attempt"] == claim.attempt for note in notes)
-        charged = after.charged - claim.charged
+        charged = (after if end is None else end).charged - claim.charged
+        if end is not None and after.charged:
+            yield f"{where} was the last of its budget, and the next one begins with {after.charged} charged"
         if charged not in {0, 1} or (charged and (cause == "cancelled" or (cause in EXCUSED and begun > NO_PROGRESS))):
             yield f"{where} ended by {cause!r} after {begun} batches: {charged} charged"
         if not charged and cause in ({"crash"} if kind in UNDECORATED else {"crash", "exception", "stall"}):

@@ -16,6 +16,7 @@ import ray
 
 import faultguard
 from tests.nodes import WORK
+from tests.soak_check import BOUNDED, BUDGET
 from tests.tasks import NOWAIT, Trace, hang, hold_the_interpreter, result
 
 if TYPE_CHECKING:
@@ -148,6 +149,7 @@ KINDS = {
     "nested": Kind(nested, 2, flat=False),
     "waiting": Kind(waiting, 50),
     "by hand": Kind(by_hand),
+    BOUNDED: Kind(plain),
     "block": Kind(plain, 2),
     "actor": Kind(plain, 2),
 }
@@ -163,6 +165,14 @@ def block_options(job: Job) -> dict[str, Any]:
 @ray.remote(num_cpus=1, resources={WORK: 1}, scheduling_strategy="SPREAD")
 def decorated(job: Job) -> Any:
     """A decorated task; the options are those of its block."""
+    with faultguard.checkpointed(**block_options(job)) as ckpt:
+        return work(ckpt, job)
+
+
+@faultguard.recoverable(BUDGET, worker_id=lambda job: job.worker_id, name="soak", backoff=NOWAIT)
+@ray.remote(num_cpus=1, resources={WORK: 1}, scheduling_strategy="SPREAD")
+def bounded(job: Job) -> Any:
+    """The same; it fails for good, and is started again."""
     with faultguard.checkpointed(**block_options(job)) as ckpt:
         return work(ckpt, job)
 
@@ -249,16 +259,32 @@ ORDERS = {
 
 
 def sicken_the_store(sickness: Path) -> None:
-    """Let the disk of this process be slow, or full, as long as a file says so."""
+    """Let the disk of this process be slow, or full, as long as a file says so; and note that it was."""
 
     def sick(real: Callable[..., None]) -> Callable[..., None]:
         def call(*args: Any, **keywords: Any) -> None:
-            if sickness.exists():
-                if sickness.read_text("utf-8") == "full":
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            kind = what_is_wrong(sickness)
+            if kind:
+                Trace(met_by(sickness)).note(kind, "store")
+            if kind == "full":
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            if kind == "slow":
                 time.sleep(SLOW_S)
             real(*args, **keywords)
 
         return call
 
     os.link, os.fsync = map(sick, REAL)  # type: ignore[arg-type] # in processes of Ray's that serve this soak only
+
+
+def what_is_wrong(sickness: Path) -> str:
+    """With the store just now."""
+    try:
+        return sickness.read_text("utf-8")
+    except FileNotFoundError:
+        return ""
+
+
+def met_by(sickness: Path) -> str:
+    """Where those note it who have met a sick store."""
+    return f"{sickness}.met"
