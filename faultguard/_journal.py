@@ -232,7 +232,7 @@ class Journal:
 
     def end(self, outcome: Outcome, snapshot: Snapshot | None, failure: FailureRecord | None = None) -> None:
         """Record the outcome, with the state that belongs to it."""
-        ended = Ended("exception", charged=True) if failure is not None else None
+        ended = Ended(failure.cause, charged=True) if failure is not None else None
         self._insist(lambda: self._last(self._save(snapshot, ended=ended, failure=failure, outcome=outcome)))
         self.raise_if_superseded()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["Found", "Prober"]
 
 LOOKS_PER_TIMEOUT = 4
+MAX_LATE = 64
 
 
 class Found(NamedTuple):
@@ -59,6 +61,7 @@ class Prober:
     def __init__(self, heartbeat_timeout_s: float) -> None:
         self._timeout_s = heartbeat_timeout_s
         self._flights: dict[str, _Flight] = {}
+        self._late: collections.deque[_Flight] = collections.deque(maxlen=MAX_LATE)  # given up as lost, and perhaps only slow
         self._known: dict[Held, _Known] = {}
         self._run = ""
         self._unasked: set[str] = set()
@@ -92,7 +95,8 @@ class Prober:
         Returns:
             What was found since the last step.
         """
-        found = [answer for node_id in list(self._flights) for answer in self._land(node_id, now)]
+        found = self._land_late()
+        found += [answer for node_id in list(self._flights) for answer in self._land(node_id, now)]
         self._known = {held: self._known.get(held, _Known()) for held in map(_held, silent)}
         by_node: dict[str, list[Mapping[str, Any]]] = {}
         for beat in silent:
@@ -112,6 +116,7 @@ class Prober:
                 return []
             if _ray.is_alive(node_id):  # it may be lost on its way, and would be waited for without end
                 _ray.cancel(flight.ref)
+                self._late.append(flight)
                 del self._flights[node_id]
             flight.until = now + self._timeout_s
             return [self._miss(beat) for beat in flight.beats]
@@ -119,6 +124,19 @@ class Prober:
         if answers is None:  # with the node Ray runs its tasks elsewhere; a probe that was killed says nothing
             answers = [Answer(Verdict.UNKNOWN if _ray.is_alive(node_id) else Verdict.GONE)] * len(flight.beats)
         return [self._note(beat, answer, now) for beat, answer in zip(flight.beats, answers, strict=True)]
+
+    def _land_late(self) -> list[Found]:
+        """Of probes that came after they had been given up, whom they have ended: nobody else can say that."""
+        landed = [flight for flight in self._late if _ray.is_done(flight.ref)]
+        for flight in landed:
+            self._late.remove(flight)
+        answers = [(flight.beats, _ray.result_or_none(flight.ref) or ()) for flight in landed]
+        return [
+            Found(beat, answer.verdict)
+            for beats, said in answers
+            for beat, answer in zip(beats, said, strict=False)
+            if answer.verdict.kills
+        ]
 
     def _miss(self, beat: Mapping[str, Any]) -> Found:
         known = self._known.setdefault(_held(beat), _Known())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # tests do not phone home
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in the background of a script; Ray's processes inherit it, and its cancel is lost
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 CPUS = 4
 MATRIX = Path(__file__).parents[1] / "docs" / "failure-model.md"
 

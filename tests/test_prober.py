@@ -21,25 +21,28 @@ class PlayedRay:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.started = self.cancelled = 0
-        self.done = False
-        self.answer: list[Any] | None = None
+        self.answers: dict[int, list[Any] | None] = {}  # of those that have ended
         self.alive = True
         monkeypatch.setattr(_ray, "run_on_node", self._run)
-        monkeypatch.setattr(_ray, "is_done", lambda _: self.done)
-        monkeypatch.setattr(_ray, "result_or_none", lambda _: self.answer if self.done else None)
+        monkeypatch.setattr(_ray, "is_done", lambda ref: ref in self.answers)
+        monkeypatch.setattr(_ray, "result_or_none", self.answers.get)
         monkeypatch.setattr(_ray, "is_alive", lambda _: self.alive)
         monkeypatch.setattr(_ray, "cancel", self._cancel)
 
     def _run(self, *_: Any) -> int:
-        self.started, self.done = self.started + 1, False
+        self.started += 1
         return self.started
 
     def _cancel(self, _: Any) -> None:
         self.cancelled += 1
 
-    def ends(self, verdict: Verdict | None) -> None:
-        """The probe that is on its way."""
-        self.done, self.answer = True, [Answer(verdict)] if verdict is not None else None
+    def ends(self, verdict: Verdict | None, number: int | None = None) -> None:
+        """The newest probe, or the one of that number."""
+        self.says([Answer(verdict)] if verdict is not None else None, number)
+
+    def says(self, answer: list[Any] | None, number: int | None = None) -> None:
+        """Likewise, with any answer."""
+        self.answers[number or self.started] = answer
 
 
 @pytest.fixture
@@ -97,6 +100,27 @@ def test_a_probe_that_is_lost_on_its_way_is_sent_again(played: PlayedRay) -> Non
     assert [each.verdict for each in prober.step([BEAT], 125.0)] == [Verdict.KILL_STALLED]
 
 
+def test_a_probe_that_was_late_says_what_it_has_done(played: PlayedRay) -> None:
+    """It was given up as lost, and has ended a process before that reached it: its answer is the only one that there will be."""
+    prober = Prober(TIMEOUT_S)
+    prober.step([BEAT], 0.0)
+    prober.step([BEAT], 61.0)
+    assert played.cancelled == 1
+    played.ends(Verdict.KILL_STALLED, 1)
+    assert [each.verdict for each in prober.step([], 62.0)] == [Verdict.KILL_STALLED], "its worker is not silent any more"
+    assert prober.step([], 63.0) == []
+
+
+def test_a_probe_that_was_late_and_cancelled_says_nothing(played: PlayedRay) -> None:
+    """Nor does one that has only looked: the next one says more."""
+    for verdict in (None, Verdict.BUSY):
+        prober, first = Prober(TIMEOUT_S), played.started + 1
+        prober.step([BEAT], 0.0)
+        prober.step([BEAT], 61.0)
+        played.ends(verdict, first)
+        assert prober.step([], 62.0) == []
+
+
 def test_a_node_is_asked_once_at_a_time_and_every_answer_counts(played: PlayedRay, monkeypatch: pytest.MonkeyPatch) -> None:
     """A manager that is late for each look wants to ask at each: it must not drop the answer for the sake of the next question."""
     monkeypatch.setattr(_ray, "alive_nodes", lambda: ["n"])
@@ -106,13 +130,14 @@ def test_a_node_is_asked_once_at_a_time_and_every_answer_counts(played: PlayedRa
         prober.survey("r")
         assert prober.surveyed() == []
     assert played.started == 1
-    played.done, played.answer = True, [held]
+    played.says([held])
     (adopted,) = prober.surveyed()
     assert {key: adopted[key] for key in BEAT} == BEAT
     assert played.started == 2, "it was to be asked again"
-    played.done, played.answer = True, None
+    played.says(None)
     assert prober.surveyed() == []
     assert played.started == 3, "the process that was asked was killed, the node was not"
-    played.done, played.alive = True, False
+    played.says(None)
+    played.alive = False
     assert prober.surveyed() == prober.surveyed() == []
     assert played.started == 3

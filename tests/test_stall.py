@@ -20,6 +20,7 @@ import faultguard
 from faultguard import StalledError, _attempt, _ray, _watcher, _worker
 from faultguard._core import stall
 from faultguard._journal import Journal
+from faultguard._log import StoredLog
 from faultguard._settings import Settings
 from faultguard.storage import open_store, store_id
 from tests.tasks import NOWAIT, Trace, assert_whole, hang, may_look_at_parents, records, wait_until
@@ -89,6 +90,22 @@ def test_a_stalled_batch_runs_again(settings: Settings, caplog: pytest.LogCaptur
     told = wait_until(lambda: [record for record in caplog.records if vars(record)["event"] == "faultguard.stalled"])
     assert f"'count/w' attempt 1 has made no progress for {vars(told[0])['stall_s']:.1f} s in batch 3" in told[0].getMessage()
     assert_whole(told[0])
+
+
+@pytest.mark.parametrize("ends", ["for good", "leaves"])
+def test_its_note_names_it(settings: Settings, monkeypatch: pytest.MonkeyPatch, ends: str) -> None:
+    """Also where no attempt follows, or none in this process: the causes are told apart."""
+
+    def leave() -> None:
+        raise SystemExit
+
+    monkeypatch.setattr(_attempt, "leave_process", leave)
+    with pytest.raises(StalledError if ends == "for good" else SystemExit):
+        execute(settings, hangs_once, max_failures=int(ends == "leaves"), fresh_process_on=StalledError)
+    record = StoredLog(open_store(settings.checkpoint_dir), settings.log_prefix("count", "w")).newest()
+    assert record is not None
+    assert record.ended is not None
+    assert (record.ended.cause, record.failures[-1].cause) == ("stall", "stall")
 
 
 def test_it_is_retried_whatever_is_retried(settings: Settings) -> None:
