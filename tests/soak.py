@@ -176,6 +176,7 @@ class Soak:
         if job.kind == BOUNDED and isinstance(error, faultguard.MaxFailuresExceeded):
             return len(error.failures) == BUDGET + 1
         if isinstance(error, faultguard.CheckpointStoreError):  # the first attempt on a node that has no store is told at once
+            wait_until(Path(self.run.checkpoint_dir).exists, WAIT_S)
             return "store away" in self.happened
         if isinstance(error, cancelled) and any(f.worker == job.worker_id and "cancel" in f.kind for f in self.faults):
             return True
@@ -576,9 +577,9 @@ class Driver:
         """All that its processes have printed."""
         return self._said.read_text("utf-8", "replace")
 
-    def is_done(self, job: Job) -> bool:
-        """Whether it has had the result of a worker."""
-        return bool(self.trace.notes("result", job.worker_id))
+    def has(self, job: Job, pid: int | None = None) -> bool:
+        """Whether it, or that process of it, has had the result of a worker."""
+        return any(pid in {None, note["pid"]} for note in self.trace.notes("result", job.worker_id))
 
 
 def disturb_driver(soak: Soak, rng: random.Random, kind: str) -> None:
@@ -594,7 +595,7 @@ def disturb_driver(soak: Soak, rng: random.Random, kind: str) -> None:
         process = driver.start()
 
         def gets_on(before: dict[Job, int] = before) -> bool:
-            return all(driver.is_done(job) or soak.newest(job).get("batch", 0) > batch + 2 for job, batch in before.items())
+            return all(driver.has(job) or soak.newest(job).get("batch", 0) > batch + 2 for job, batch in before.items())
 
         wait_until(gets_on, WAIT_S)
         soak.took[kind].append(time.monotonic() - began)
@@ -607,10 +608,13 @@ def disturb_driver(soak: Soak, rng: random.Random, kind: str) -> None:
     if kind == "driver frozen":
         wait_until(lambda: len(driver.trace.notes("submitted")) > 1 or last.poll() is not None, WAIT_S)
         process.send_signal(signal.SIGCONT)
+    thawed = time.monotonic()
+    wait_until(lambda: all(driver.has(job, last.pid) for job in driver.jobs) or last.poll() is not None, WAIT_S)
+    check_driver(soak, driver, last)
+    if kind == "driver frozen":
         if process.wait(WAIT_S) == 0:
             soak.wrong(f"the first driver of {driver.run}, whose run was taken over, has not noticed: {driver.said()}")
-    wait_until(lambda: all(map(driver.is_done, driver.jobs)) or last.poll() is not None, WAIT_S)
-    check_driver(soak, driver, last)
+        soak.took["driver frozen: it ends"].append(time.monotonic() - thawed)
 
 
 def check_driver(soak: Soak, driver: Driver, process: subprocess.Popen[bytes]) -> None:
@@ -817,8 +821,11 @@ def run_soak(folder: Path, seed: int, seconds: float) -> list[str]:
             heartbeat_timeout=size.limits.heartbeat_timeout,
         )
         soak = Soak(nodes, run, str(folder / "traces"), seed, seconds, size)
-        soak_it(soak)
-        check(soak)
+        try:
+            soak_it(soak)
+            check(soak)
+        except Exception:  # noqa: BLE001 - what is there is kept, to be looked at
+            soak.wrong(traceback.format_exc())
         faultguard.shutdown()
         check_run_is_over(soak)
         if soak.problems:

@@ -78,6 +78,9 @@ def problems_of(worker: str, kind: str, notes: Sequence[dict[str, Any]], log: Se
         log: its records, oldest first.
         faults: all of the soak.
     """
+    if not log:
+        yield f"{worker}: it has completed, and has no log"
+        return
     claims = [record for record in log if record.kind == "claim"]
     ordered = [Fault(note["kind"], worker, note["attempt"]) for note in notes if note["what"] == "fault"]
     yield from _unexplained(worker, kind, claims, notes, [*faults, *ordered], _failed(log))
