@@ -129,7 +129,7 @@ def _stored_handle(bench: Bench) -> Checkpoint:
 def newest_record(handle: Checkpoint) -> bytes:
     """The bytes of the newest record of a worker, as this process knows it."""
     journal = handle._journal
-    if journal is None:
+    if not isinstance(journal, Journal):
         raise TypeError("a handle in memory has no record")
     with open(journal.log.path(journal.held.last), "rb") as file:  # noqa: PTH123 - a path as the store shows it
         return file.read()

@@ -24,6 +24,7 @@ from faultguard._core import log as rules
 from faultguard._core.budget import Policy, charge, exhausted, is_charged, poison_batch
 from faultguard._core.records import Ended, FailureRecord, Outcome, Owner, Record, Snapshot
 from faultguard._core.schedule import Every, Schedule
+from faultguard._deferred import Deferred
 from faultguard._elsewhere import Elsewhere, NotBegunError, failed_on, failures_before
 from faultguard._handle import Checkpoint
 from faultguard._journal import Journal, insist, superseded
@@ -65,6 +66,7 @@ if TYPE_CHECKING:
 __all__ = ["TaskOptions", "Work", "cause_of_leaving", "check_arguments", "open_worker", "run_task"]
 
 MAX_RESULT_BYTES = 1 << 20
+MAX_INLINE_BYTES = 30_000  # of a value as it is written here: Ray's pickle of it, up to three times as long, then travels in the reply
 DEFAULT_KEEP = 3
 HOLDER_POLL_S = 0.2
 NODES_TRIED = 3  # for an attempt that prefers another node
@@ -127,6 +129,27 @@ def open_worker(
         DuplicateWorkerError: another live task holds the worker.
         CheckpointStoreError: there is no store here, or it has failed for too long.
     """
+    log, me = _claimant(settings, identity, options, worker_id, max_failures=max_failures, local_retry=local_retry, afresh=afresh)
+    try:
+        if identity.attempt or settings.named:  # also after the holder of another driver, whom nobody waits for
+            me = replace(me, crashed=_death_of_holder(log))
+        return _open(log, me, settings, identity, options, leaves=leaves)
+    except BaseException as error:
+        _give_back(log, me.owner, cause_of_leaving(error))
+        raise
+
+
+def _claimant(
+    settings: Settings,
+    identity: _ray.Identity,
+    options: TaskOptions,
+    worker_id: str,
+    *,
+    max_failures: int,
+    local_retry: int = 0,
+    afresh: bool = False,
+) -> tuple[StoredLog, rules.Claimant]:
+    """The log of a worker, and who this attempt is."""
     log = StoredLog(_store(settings, identity, options.name, worker_id), settings.log_prefix(options.name, worker_id))
     process = this_process()
     owner = Owner(
@@ -141,7 +164,7 @@ def open_worker(
         start_time=process.start_time,
         ray_worker=identity.ray_worker,
     )
-    me = rules.Claimant(
+    return log, rules.Claimant(
         owner=owner,
         task=options.name,
         worker_id=worker_id,
@@ -149,14 +172,60 @@ def open_worker(
         named_run=settings.named,
         afresh=afresh,
         policy=Policy(options.reset_on_progress, options.on_poison == "skip"),
+        unrecorded=identity.attempt > 0 and worker_id == identity.task_id,
     )
+
+
+def _may_defer(settings: Settings, identity: _ray.Identity, options: TaskOptions, worker_id: str, local_retry: int) -> bool:
+    """Whether nobody can have claimed the worker before, or can ask for it: it is new work, and its id is that of the task."""
+    new = worker_id == identity.task_id and not (identity.attempt or local_retry or identity.home_id)
+    return new and settings.defer > 0 and not settings.named and options.stall_timeout_s is None
+
+
+def defer_worker(settings: Settings, identity: _ray.Identity, options: TaskOptions, worker_id: str, *, max_failures: int) -> Deferred:
+    """Begin to work on what nobody else can have, and claim it when that is worth its price.
+
+    Raises:
+        CheckpointStoreError: there is no store here.
+    """
+    log, me = _claimant(settings, identity, options, worker_id, max_failures=max_failures)
+    schedule = Schedule(options.every, time.monotonic())
+    handle = Checkpoint(
+        run=settings.run, task=options.name, worker_id=worker_id, journal=None, snapshot=None, schedule=schedule, state=options.state
+    )
+    trouble = _StoreTrouble(options.name, worker_id, settings.store_patience)
+    patience_s = settings.store_patience
+    deferred = Deferred(handle, schedule, options.keep, patience_s=patience_s, after_s=settings.defer, trouble=trouble)
+    deferred.claims = functools.partial(_claim_late, log, replace(me, late=True), settings, identity)
+    return deferred
+
+
+def _claim_late(
+    log: StoredLog, me: rules.Claimant, settings: Settings, identity: _ray.Identity, *, deferred: Deferred, patience_s: float
+) -> OpenWorker:
+    """Claim a worker that works already, and let its handle go on with its journal."""
+    if deferred.skips_poison is not None:
+        me = replace(me, policy=replace(me.policy, skip_poison=deferred.skips_poison))
     try:
-        if identity.attempt or settings.named:  # also after the holder of another driver, whom nobody waits for
-            me = replace(me, crashed=_death_of_holder(log))
-        return _open(log, me, settings, identity, options, leaves=leaves)
-    except BaseException as error:
-        _give_back(log, owner, cause_of_leaving(error))
+        granted = _granted(insist(functools.partial(_claim_once, log, me), patience_s, deferred.trouble), me, settings)
+        journal = Journal(log, granted.held, deferred.schedule, deferred.keep, settings.store_patience)
+        deferred.take_over(journal, granted.held.token)
+        return OpenWorker(settings, identity, journal, deferred.handle, leaves=True)
+    except (SupersededError, DuplicateWorkerError, CheckpointStoreError):  # there is nothing to give back, or it is tried again
         raise
+    except BaseException as error:
+        _give_back(log, me.owner, cause_of_leaving(error))
+        raise
+
+
+def _granted(
+    answer: rules.Granted | rules.Finished | rules.Blocked | rules.Refused, me: rules.Claimant, settings: Settings
+) -> rules.Granted:
+    """What a late claim needs: the log was empty. Raises what it is told of whoever is there."""
+    if isinstance(answer, rules.Granted):
+        return answer
+    head = answer.record if isinstance(answer, rules.Finished) else answer.head
+    raise superseded(me.worker_id, 1, 0) if rules.same_task(head.owner, me.owner) else _duplicate(me, head, settings)
 
 
 def _store(settings: Settings, identity: _ray.Identity, task: str, worker_id: str) -> Store:
@@ -354,16 +423,20 @@ def run_task(
                     with contextlib.suppress(NotBegunError):
                         return elsewhere.run(local_retry, tried, log, leave_process)
                     local_retry += 1  # should it begin after all, the next one is the later
-            opened = open_worker(
-                settings,
-                identity,
-                options,
-                worker_id,
-                max_failures=max_failures,
-                local_retry=local_retry,
-                leaves=True,
-                afresh=work.afresh,
-            )
+            opened: OpenWorker | Deferred | rules.Finished
+            if _may_defer(settings, identity, options, worker_id, local_retry):
+                opened = defer_worker(settings, identity, options, worker_id, max_failures=max_failures)
+            else:
+                opened = open_worker(
+                    settings,
+                    identity,
+                    options,
+                    worker_id,
+                    max_failures=max_failures,
+                    local_retry=local_retry,
+                    leaves=True,
+                    afresh=work.afresh,
+                )
             if isinstance(opened, rules.Finished):
                 if (opened.record.owner.task_id, opened.record.owner.epoch) != (identity.task_id, settings.epoch):
                     _check_recorded(opened.record, settings, work)
@@ -374,6 +447,16 @@ def run_task(
             moves, local_retry = True, value.local_retry
     finally:
         leave_all()
+
+
+def stays_with_its_owner(value: Any) -> bool:
+    """Whether Ray sends a value with the reply: it cannot be lost then, and the task that made it is not run again."""
+    if value is None:
+        return True
+    try:
+        return len(_codec.encode(value, path="return value")) <= MAX_INLINE_BYTES
+    except CheckpointNotSerializableError:
+        return False
 
 
 def _check_recorded(record: Record, settings: Settings, work: Work) -> None:
@@ -443,7 +526,7 @@ class _Task:
 
     def __init__(
         self,
-        opened: OpenWorker,
+        opened: OpenWorker | Deferred,
         settings: Settings,
         identity: _ray.Identity,
         options: TaskOptions,
@@ -456,7 +539,7 @@ class _Task:
         self._identity = identity
         self._options = options
         self._work = work
-        self._open = opened
+        self._opened = opened
         self._max_failures = max_failures
         self._elsewhere = elsewhere
         self._moves: _Moves | None = None
@@ -464,8 +547,19 @@ class _Task:
         self._retried = False  # whether the last exception is one that is retried at all
 
     @property
+    def _open(self) -> OpenWorker:
+        """The worker; claims it if that was deferred."""
+        if isinstance(self._opened, Deferred):
+            self._opened = self._opened.claim()
+        return self._opened
+
+    @property
     def _journal(self) -> Journal:
         return self._open.journal
+
+    def _is_over(self) -> bool:
+        """Whether nobody has claimed the worker, nor will: what was begun leaves nothing."""
+        return isinstance(self._opened, Deferred) and self._opened.finish()
 
     def run(self) -> Any:
         """All attempts of this process. What is no `Exception` is noted, and goes its way."""
@@ -514,8 +608,9 @@ class _Task:
 
     def _attempt(self) -> Any:
         """One execution of the body."""
-        handle = self._open.handle
-        task = TaskContext(handle, self._settings, self._identity, self._journal.held.owner.local_retry, decorated=True)
+        handle, deferred = self._opened.handle, isinstance(self._opened, Deferred)
+        local_retry = 0 if deferred else self._journal.held.owner.local_retry
+        task = TaskContext(handle, self._settings, self._identity, local_retry, decorated=True)
         try:
             with entered(task):
                 value = self._work.call()
@@ -523,7 +618,7 @@ class _Task:
             stalled = handle.guard.end()  # from here on nothing is raised into this thread
         if stalled is not None:
             raise stalled
-        self._journal.raise_if_superseded()  # the body may have swallowed it
+        handle.raise_if_superseded()  # the body may have swallowed it
         self._complete(value)
         return value
 
@@ -532,9 +627,12 @@ class _Task:
 
         A function that returned from within a loop cannot give its value once that loop is done.
         """
-        handle, outcome = self._open.handle, self._outcome(value)
+        handle = self._opened.handle
         before = handle.before_return
         last = handle.finish()
+        if isinstance(self._opened, Deferred) and stays_with_its_owner(value) and self._is_over():
+            return
+        outcome = self._outcome(value)
         self._journal.end(outcome, last if before is None or outcome.recorded else before[0])
         self._open.close("completed")
 
@@ -610,7 +708,7 @@ class _Task:
         schedule = Schedule(self._options.every, time.monotonic())
         reopened = journal.reopened(schedule, self._options.keep)
         handle = _handle(self._settings, self._options, reopened, schedule, journal.held.durable)
-        self._open = OpenWorker(self._settings, self._identity, reopened, handle, leaves=True)
+        self._opened = OpenWorker(self._settings, self._identity, reopened, handle, leaves=True)
         say_resumed(handle, journal.held, self._max_failures, state.next_action.sleep)
         say_quarantined(handle, journal.held, quarantined)
 
@@ -633,6 +731,8 @@ class _Task:
 
     def _give_up(self, error: Exception) -> NoReturn:
         """No attempt follows: record that, and raise what the caller of `ray.get` is to see."""
+        if isinstance(error, (SupersededError, CheckpointStoreError)) and self._is_over():  # it is not to be claimed now, either
+            raise error
         journal = self._journal
         if isinstance(error, SupersededError):
             self._open.close("recovered")
@@ -659,6 +759,8 @@ class _Task:
 
     def _leave(self, error: BaseException) -> None:
         """Cancel, exit and the like: flush the newest snapshot with a note, and stay out of the way."""
+        if self._is_over():
+            return  # whoever comes after it counts one failure, as of whatever ends without progress
         cause = cause_of_leaving(error)
         charged = is_charged(cause, progressed=self._journal.newest is not self._open.handle.restored)
         failure = self._open.failure(error, cause) if charged else None

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import msgspec
 
 from faultguard import _blame, _codec
-from faultguard._core.budget import batch_of, must_pin
+from faultguard._core.budget import batch_of
 from faultguard._core.cursors import Cursors, Loop, input_changed
 from faultguard._core.names import MAX_RECORD_NUMBER
 from faultguard._core.records import HAND_WRITTEN, FailureRecord, Place, Snapshot, positions
@@ -25,6 +25,7 @@ from faultguard.errors import UsageError
 if TYPE_CHECKING:
     from datetime import timedelta
 
+    from faultguard._deferred import Deferred
     from faultguard._journal import Journal
     from faultguard._tracking import Tracked
     from faultguard.policy import OnPoison
@@ -58,7 +59,7 @@ class Checkpoint:
         run: str,
         task: str,
         worker_id: str,
-        journal: Journal | None,
+        journal: Journal | Deferred | None,
         snapshot: Snapshot | None,
         schedule: Schedule,
         life: int = 1,
@@ -75,12 +76,13 @@ class Checkpoint:
         self.task = task
         self.worker_id = worker_id
         self.attempt = attempt
-        self.token = token + epoch * TOKENS_PER_EPOCH
+        self._epoch = epoch
         self.failures = failures
         self.quarantined = positions(quarantined)
         self.resumed = snapshot is not None
         self.total_batches: int | None = None
         self._claim = token
+        self._deferred: Deferred | None = None
         self._life = (instance, life) if instance else (life,)
         self._journal = journal
         self._schedule = schedule
@@ -105,6 +107,12 @@ class Checkpoint:
             self.default_state(state)
 
     # --- what the user reads ---
+
+    @property
+    def token(self) -> int:
+        """Fencing token."""
+        self._claim_first()
+        return self._claim + self._epoch * TOKENS_PER_EPOCH
 
     @property
     def state(self) -> dict[str, Any]:
@@ -149,7 +157,7 @@ class Checkpoint:
         """Batches of the innermost loop that are durable."""
         if self._journal is None:
             return self.current_batch
-        durable = self._journal.held.durable
+        durable = self._journal.durable
         return self._cursors.done_in(durable.loops) if durable is not None else 0
 
     @property
@@ -297,11 +305,9 @@ class Checkpoint:
         self._cursors.pass_over(loop, _codec.fingerprint(item))
         return items
 
-    def _begin_pinning(self, journal: Journal) -> None:
+    def _begin_pinning(self, journal: Journal | Deferred) -> None:
         """After a crash: which batch it was is known if the next one that kills its process was recorded just before it began."""
-        held = journal.held
-        wanted = held.policy.skip_poison and must_pin(held.predecessor, held.failures)
-        self._pinning = Pinning(self._schedule.lag, time.monotonic()) if wanted else None
+        self._pinning = Pinning(self._schedule.lag, time.monotonic()) if journal.must_pin() else None
 
     def _pin(self, begins: Place) -> None:
         """Record, and wait for it, that a batch begins; at last, that from now on nobody says which."""
@@ -475,6 +481,7 @@ class Checkpoint:
         """A key for the commit of this batch to an external system: the same in every attempt, another one for every batch."""
         from faultguard._core.names import encode_name
 
+        self._claim_first()
         names = "/".join(encode_name(part) for part in (self.run, self.task, self.worker_id))
         is_open = self._cursors.is_open
         loops = (
@@ -562,6 +569,33 @@ class Checkpoint:
             self._journal.skip_poison(on_poison == "skip")
         if every is not None or on_poison is not None:
             self._begin_pinning(self._journal)
+
+    @property
+    def journal(self) -> Journal | Deferred | None:
+        """Where its snapshots go; None: nowhere."""
+        return self._journal
+
+    def raise_if_superseded(self) -> None:
+        """Raise `SupersededError` if a later attempt was seen in the log."""
+        if self._journal is not None:
+            self._journal.raise_if_superseded()
+
+    def defer(self, deferred: Deferred) -> None:
+        """Its worker is not claimed yet."""
+        self._journal = self._deferred = deferred
+        self.guard.on_timed = self._claim_first
+
+    def _claim_first(self) -> None:
+        """What is asked for belongs to a claim."""
+        deferred = self._deferred  # another thread may claim at any moment
+        if deferred is not None:
+            deferred.claim()
+
+    def claimed(self, journal: Journal, token: int) -> None:
+        """Now it is; from whatever thread."""
+        self._claim = token
+        journal.fields = self.fields
+        self._journal, self._deferred = journal, None
 
     def stop(self, error: Callable[[], BaseException]) -> None:
         """Let the next boundary take a snapshot and raise `error()`; from any thread. Again, should the loop not have looked."""

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from faultguard import _events
 from faultguard._core import log as rules
+from faultguard._core.budget import must_pin
 from faultguard._core.records import Ended
 from faultguard._core.schedule import NOW, snapshot_to_flush
 from faultguard._sidecar import Sidecar
@@ -254,6 +255,15 @@ class Journal:
         if self._served:
             self._served = False
             _writer.remove(self)
+
+    @property
+    def durable(self) -> Snapshot | None:
+        """The newest snapshot that is durable."""
+        return self.held.durable
+
+    def must_pin(self) -> bool:
+        """Whether each batch is to be recorded before it begins."""
+        return self.held.policy.skip_poison and must_pin(self.held.predecessor, self.held.failures)
 
     @property
     def newest(self) -> Snapshot | None:

@@ -43,6 +43,7 @@ class Settings(msgspec.Struct, frozen=True, omit_defaults=True):
     check_args: bool = True
     progress: bool = True
     store_patience: float = 60.0  # how long a store may fail before the work is told
+    defer: float = 0.1  # how long a task whose id is Ray's works before it is claimed
     cancels: int = 0  # how often this driver had cancelled when the work was submitted
     instance: int = 0  # a name that was closed starts anew
     epoch: int = 0  # of the driver: the later one wins
@@ -89,6 +90,7 @@ def publish(settings: Settings) -> None:
 
 RESUMES = ("auto", "never", "always")
 _OF_NAMED_RUNS = frozenset({"run", "resume", "takeover"})
+_OR_NONE = {"store_patience": "0 for no patience", "defer": "0 to claim first, always"}
 _OPTIONS: dict[str, tuple[type, Any]] = {
     "max_failures": (int, 3),
     "heartbeat_interval": (float, 5.0),
@@ -99,6 +101,7 @@ _OPTIONS: dict[str, tuple[type, Any]] = {
     "resume": (str, "auto"),
     "takeover": (bool, False),
     "store_patience": (float, 60.0),
+    "defer": (float, 0.1),
 }
 
 
@@ -133,9 +136,9 @@ def check_option(name: str, value: Any, source: str) -> Any:
             msg = f"{source}={value!r} is refused; it takes seconds, more than 0 and less than a day"
             raise UsageError(msg)
         return float(value)
-    if name == "store_patience":
+    if name in _OR_NONE:
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < _DAY_S:
-            msg = f"{source}={value!r} is refused; it takes seconds, less than a day: 0 for no patience"
+            msg = f"{source}={value!r} is refused; it takes seconds, less than a day: {_OR_NONE[name]}"
             raise UsageError(msg)
         return float(value)
     if not isinstance(value, bool):

@@ -30,7 +30,7 @@ LAYERS = [  # each may import those above it, and its own; `_session`, `_events`
     {"storage", "_codec", "_blame"},
     {"_log", "_sidecar", "_journal", "_tracking", "_settings", "_watch", "_stall", "_handle", "_marks", "_probe", "_prober"},
     {"_views", "_registry", "_manager", "_beater", "_watcher", "_lease", "_elsewhere"},
-    {"_sentences", "_worker"},
+    {"_sentences", "_worker", "_deferred"},
     {"_attempt", "_run", "_named", "_get"},
     {"_checkpointed"},
     {"_recoverable", "_packing"},

@@ -21,6 +21,7 @@ DEFAULTS = {
     "resume": "auto",
     "takeover": False,
     "store_patience": 60.0,
+    "defer": 0.1,
 }
 OTHERS = {  # an argument, and the environment with its value
     "max_failures": (7, "-1", -1),
@@ -32,6 +33,7 @@ OTHERS = {  # an argument, and the environment with its value
     "resume": ("never", "always", "always"),
     "takeover": (False, "1", True),
     "store_patience": (5, "0", 0.0),
+    "defer": (0, "2.5", 2.5),
 }
 IDENTITY = _ray.Identity(job_id="01000000", node_id="ab", task_id="driver", attempt=0, task_name="driver", function_name="")
 

@@ -118,6 +118,8 @@ class Claimant:
     gone: int = 0
     crashed: tuple[str, str, str] = ("", "", "")  # a writer, what its process died of as far as anybody knows, and where it stood
     policy: Policy = PLAIN
+    late: bool = False  # it works already, and nobody knows: only an empty log is its own
+    unrecorded: bool = False  # attempts before this one may have died before they claimed
 
 
 @dataclass(slots=True)
@@ -205,6 +207,8 @@ def may_claim(head: Record | None, me: Claimant) -> Verdict:  # noqa: PLR0911 - 
     if head is None or me.always:
         return "claim"
     owner = head.owner
+    if me.late:
+        return "claim" if owner.writer == me.owner.writer else "refuse"
     if head.kind == "end":
         return _after_end(head, me)
     if owner.writer == me.owner.writer:
@@ -357,7 +361,7 @@ def claim_record(me: Claimant, loaded: Loaded, number: int, now: float) -> Recor
         token=number,
     )
     if head is None:
-        return base
+        return _after_unrecorded(base, me) if me.unrecorded else base
     if head.kind == "end" and (head.outcome is None or head.outcome.status == "completed"):
         return replace_record(base, life=head.life + 1, predecessor="completed")
     if me.afresh and not same_task(head.owner, me.owner):  # Ray's next attempt of the same task resumes
@@ -392,6 +396,16 @@ def claim_record(me: Claimant, loaded: Loaded, number: int, now: float) -> Recor
         saved_s=head.saved_s,
         outcome=Outcome(status="failed"),
     )
+
+
+def _after_unrecorded(base: Record, me: Claimant) -> Record:
+    """The claim of an attempt that finds nothing of those before it: one failure, however many they were."""
+    failure = FailureRecord("crash", attempt=1, batch=0, time=base.saved_at)
+    budget = charge(Budget(), failure, me.policy)
+    record = replace_record(base, attempt=2, charged=budget.charged, failures=budget.failures, predecessor="crash")
+    if not exhausted(budget.charged, me.max_failures):
+        return record
+    return replace_record(record, kind="end", attempt=1, outcome=Outcome(status="failed"))
 
 
 def _end_of(head: Record, *, own: bool) -> str:

@@ -76,6 +76,11 @@ class Schedule:
         self._interval = every.total_seconds() if isinstance(every, timedelta) else None
         self.look_at = NOW
 
+    @property
+    def is_strict(self) -> bool:
+        """Whether the user has said how often to write."""
+        return bool(self._every) or self._interval is not None
+
     def boundary(self, now: float, batches: int = 1) -> bool:
         """`batches` more are done: whether to encode a snapshot."""
         self._batches += batches
