@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import msgspec
 
 from faultguard import _ray, _session, _settings
+from faultguard._cancels import note_cancel
 from faultguard._core.names import check_worker_id, record_number
 from faultguard._core.records import FailureRecord, Outcome, Place, Record, decode_record
 from faultguard.errors import CheckpointStoreError, ManagerUnavailableError, UsageError
@@ -190,8 +191,10 @@ def cancel(worker_id: str | None = None) -> None:
 
     A worker that runs is interrupted in its batch (in methods of async actors, and outside of loops and sections, at its next
     boundary), with its next heartbeat. Its last boundary is saved, its status is "cancelled", `ray.get` raises
-    `TaskCancelledError`, and nothing is charged; submitted again, it resumes. A task that waits to be run is cancelled as it begins;
-    `ray.cancel(ref)` takes it out of the queue. Tasks in plain `@ray.remote` without a block of ours are left alone.
+    `TaskCancelledError`, and nothing is charged; submitted again, it resumes. A task that waits to be run is cancelled as it begins
+    (within 0.2 s from now it may still begin, in a process that has just begun another one); `ray.cancel(ref)` takes it out of the
+    queue. Where the decorator is below `@ray.remote`, nobody knows when a task that waits was submitted, and it runs. Tasks in plain
+    `@ray.remote` without a block of ours are left alone.
 
     Args:
         worker_id: the worker, of whatever task; None: all of this run.
@@ -209,6 +212,7 @@ def cancel(worker_id: str | None = None) -> None:
     if worker_id is not None:
         check_worker_id(worker_id)
     settings = _session.count_cancel()
+    note_cancel(settings, worker_id)
     _settings.publish(settings)
     try:
         _ray.get_within(find_or_make(settings).cancel.remote(settings.cancels, worker_id), CANCEL_WAIT_S)
