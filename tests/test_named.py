@@ -83,7 +83,10 @@ def test_an_open_run_goes_on(start_run: StartRun, trace: Trace, capfd: pytest.Ca
     assert batches(trace, "bad") == [0, 1, 2, 3, 3]
     said = capfd.readouterr().err
     assert f"faultguard: run 'nightly' (#1) starts. Store {run.checkpoint_dir}.\n" in said
-    assert "faultguard: run 'nightly' (#1) stays open: 1 completed (0 from the record), 0 failures survived. 1 not completed" in said
+    assert (
+        "faultguard: run 'nightly' (#1) stays open: 1 completed (0 from the record), 0 failures survived, 0 quarantined. 1 not completed"
+        in said
+    )
     assert f"faultguard: kept {logs(run)}/works/bad\n" in said
     trace.note("mended", "bad")
     with start_run(run=RUN) as again:
@@ -95,7 +98,7 @@ def test_an_open_run_goes_on(start_run: StartRun, trace: Trace, capfd: pytest.Ca
     said = capfd.readouterr().err
     assert f"(#1) goes on: opened {time.strftime('%H:')}" in said or "(#1) goes on: opened " in said
     assert f"pid {os.getpid()} (ended). 1 of 2 workers completed, 1 resume. Store" in said
-    assert "faultguard: run 'nightly' (#1) closed: 2 completed (1 from the record), 0 failures survived." in said
+    assert "faultguard: run 'nightly' (#1) closed: 2 completed (1 from the record), 0 failures survived, 0 quarantined." in said
     assert [len(list((logs(run) / "works" / worker).iterdir())) for worker in ("good", "bad")] == [1, 2], "ends, and a claim that fences"
 
 
@@ -199,7 +202,7 @@ def test_what_resuming_saved(start_run: StartRun, trace: Trace, capfd: pytest.Ca
     assert "Saved" not in capfd.readouterr().err
     with start_run(run=RUN, resume="always"):
         assert get(takes.remote("t", 1.2)) == 1
-    assert "1 completed (1 from the record), 0 failures survived. Saved 1 s of work." in capfd.readouterr().err
+    assert "1 completed (1 from the record), 0 failures survived, 0 quarantined. Saved 1 s of work." in capfd.readouterr().err
 
 
 @faultguard.recoverable(every=1)
