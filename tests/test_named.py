@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from pathlib import Path
@@ -284,18 +285,29 @@ def submits(trace: Trace) -> Any:
     return ray.get(works.remote("w", 6, trace), timeout=WAIT_S)
 
 
+@contextlib.contextmanager
+def away(directory: Path) -> Iterator[None]:
+    """A directory is not there."""
+    elsewhere = directory.rename(directory.with_name("elsewhere"))
+    try:
+        yield
+    finally:
+        elsewhere.rename(directory)
+
+
 def test_a_recorded_result_takes_no_slot(start_run: StartRun, trace: Trace) -> None:
-    """`.remote()` gives what is there, with all CPUs busy; nested and bound calls are run, and ask the log."""
+    """`.remote()` gives what is there, with all CPUs busy, and the store away; nested and bound calls are run, and ask the log."""
     trace.note("mended", "w")
     with start_run(run=RUN):
         get(works.remote("w", 6, trace))
         get(two.remote("t", trace))
         works.options(num_cpus=1000).remote("never", 6, trace)
-    with start_run(run=RUN):
+    with start_run(run=RUN) as run:
         impossible: Any = works.options(num_cpus=1000)
-        assert get(impossible.remote("w", 6, trace)) == expected(6)
-        both: Any = two.options(num_cpus=1000).remote("t", trace)
-        assert get(both) == [1, "b"]
+        with away(Path(run.checkpoint_dir)):
+            assert get(impossible.remote("w", 6, trace)) == expected(6)
+            both: Any = two.options(num_cpus=1000).remote("t", trace)
+            assert get(both) == [1, "b"]
         assert get(submits.remote(trace)) == expected(6)
         with pytest.warns(Warning, match="DAGNode.execute"):  # all that it says is that Ray calls it old
             assert get(works.bind("w", 6, trace).execute()) == expected(6)
