@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import pytest
+from tests.needs import missing
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -96,7 +96,7 @@ def _permitted(doing: Callable[[], None], what: str) -> None:
     try:
         doing()
     except PermissionError as error:
-        pytest.skip(f"NOT TESTED: {what}, because mounting is not permitted here: {error}")
+        missing(f"{what}, because mounting is not permitted here: {error}")
 
 
 def _mount(source: str | Path, target: str | Path, kind: str, flags: int, options: str = "") -> None:
