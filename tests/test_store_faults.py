@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import signal
 import time
@@ -17,7 +18,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 import faultguard
 from faultguard.storage import STORE_KEY, open_store, store_id
 from tests.disks import small_disk, where_it_is_another
-from tests.nodes import Nodes, some_nodes
+from tests.nodes import Nodes, doctor, some_nodes
 from tests.tasks import NOWAIT, Trace, expected, records, result, wait_until
 
 if TYPE_CHECKING:
@@ -268,6 +269,23 @@ def test_a_directory_that_is_not_shared(estranged: tuple[Any, Path, Path], trace
                 block.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node.node_id, soft=False)).remote(trace), timeout=WAIT_S
             )
     assert trace.notes() == []
+    assert sorted(other.rglob("*")) == before
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_the_doctor_sees_a_directory_that_is_not_shared(
+    estranged: tuple[Any, Path, Path], nodes: Nodes, request: pytest.FixtureRequest
+) -> None:
+    """Before there is any work: it names the node, what is there, and what can be done; and makes nothing there."""
+    node, store, other = estranged
+    before = sorted(other.rglob("*"))
+    done = doctor(nodes, "--checkpoint-dir", str(store), **faultguard.recommended_ray_env())
+    (line,) = [line for line in done.stdout.splitlines() if f"sees at {store}: " in line]
+    assert line.startswith(f"PROBLEM  node {node.node_id[:8]} (")
+    assert ("another store (id" in line) == ("[another]" in request.node.name)
+    assert re.search(WAYS_OUT, line)
+    assert done.returncode == 1
+    assert done.stdout.count(f": sees the store {store}") == len(nodes.workers), "the head, and the other workers"
     assert sorted(other.rglob("*")) == before
 
 
