@@ -54,6 +54,21 @@ class Disk:
             ballast.unlink()
 
 
+@contextlib.contextmanager
+def renamed(store: Path, *, replaced: bool = False) -> Iterator[None]:
+    """The directory is not there for a while: nothing is, or an empty one, such as the mount point of a disk that is gone."""
+    away = store.with_name("away")
+    store.rename(away)
+    if replaced:
+        store.mkdir()
+    try:
+        yield
+    finally:
+        if replaced:
+            store.rmdir()  # fails if anything was made there
+        away.rename(store)
+
+
 def _eat(ballast: Path, over: threading.Event) -> None:
     with ballast.open("wb", buffering=0) as file:
         while not over.is_set():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import time
 from pathlib import Path
@@ -16,6 +15,7 @@ from faultguard import _named
 from faultguard._log import StoredLog
 from faultguard._named import KEPT_INSTANCES
 from faultguard.storage import open_store
+from tests.disks import renamed
 from tests.tasks import NOWAIT, Trace, expected, result, wait_until
 
 if TYPE_CHECKING:
@@ -285,16 +285,6 @@ def submits(trace: Trace) -> Any:
     return ray.get(works.remote("w", 6, trace), timeout=WAIT_S)
 
 
-@contextlib.contextmanager
-def away(directory: Path) -> Iterator[None]:
-    """A directory is not there."""
-    elsewhere = directory.rename(directory.with_name("elsewhere"))
-    try:
-        yield
-    finally:
-        elsewhere.rename(directory)
-
-
 def test_a_recorded_result_takes_no_slot(start_run: StartRun, trace: Trace) -> None:
     """`.remote()` gives what is there, with all CPUs busy, and the store away; nested and bound calls are run, and ask the log."""
     trace.note("mended", "w")
@@ -304,7 +294,7 @@ def test_a_recorded_result_takes_no_slot(start_run: StartRun, trace: Trace) -> N
         works.options(num_cpus=1000).remote("never", 6, trace)
     with start_run(run=RUN) as run:
         impossible: Any = works.options(num_cpus=1000)
-        with away(Path(run.checkpoint_dir)):
+        with renamed(Path(run.checkpoint_dir)):
             assert get(impossible.remote("w", 6, trace)) == expected(6)
             both: Any = two.options(num_cpus=1000).remote("t", trace)
             assert get(both) == [1, "b"]

@@ -17,7 +17,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 import faultguard
 from faultguard.storage import STORE_KEY, open_store, store_id
-from tests.disks import small_disk, where_it_is_another
+from tests.disks import renamed, small_disk, where_it_is_another
 from tests.nodes import Nodes, doctor, some_nodes
 from tests.tasks import NOWAIT, Trace, expected, records, result, wait_until
 
@@ -72,21 +72,6 @@ def said(directory: str, part: str) -> list[str]:
     """What worker processes of the cluster have logged with `part` in it."""
     logs = (Path(directory) / "session_latest" / "logs").glob("worker-*.err")
     return [line for log in logs for line in log.read_text(errors="replace").splitlines() if part in line]
-
-
-@contextlib.contextmanager
-def renamed(store: Path, *, replaced: bool = False) -> Iterator[None]:
-    """The directory is not there for a while: nothing is, or an empty one, such as the mount point of a disk that is gone."""
-    away = store.with_name("away")
-    store.rename(away)
-    if replaced:
-        store.mkdir()
-    try:
-        yield
-    finally:
-        if replaced:
-            store.rmdir()  # fails if anything was made there
-        away.rename(store)
 
 
 @pytest.fixture(scope="module")
