@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import msgspec
 
-from faultguard import _beater, _codec, _events, _ray
+from faultguard import _codec, _events, _ray
+from faultguard._cancels import is_cancelled
 from faultguard._core import log as rules
 from faultguard._core.budget import Policy, charge, exhausted, is_charged, poison_batch
 from faultguard._core.records import Ended, FailureRecord, Outcome, Owner, Record, Snapshot
@@ -411,8 +412,8 @@ def run_task(
 ) -> Any:
     """Run a decorated task to its outcome: the value, or the error that Ray is to report. `elsewhere`: it may go to another node."""
     max_failures = options.max_failures if options.max_failures is not None else settings.max_failures
-    if settings.cancels < _beater.cancelled_all(settings):
-        raise Cancelled(f"'{options.name}/{worker_id}' was cancelled by {CALLS} before it began")
+    if not identity.attempt:  # else its log is to say so, too
+        _raise_if_cancelled(settings, options.name, worker_id)
     log = functools.partial(_newest, settings, options.name, worker_id)
     moves = elsewhere is not None and identity.attempt > 0 and failed_on(identity.node_id, failures_before(log()))
     try:
@@ -457,6 +458,11 @@ def stays_with_its_owner(value: Any) -> bool:
         return len(_codec.encode(value, path="return value")) <= MAX_INLINE_BYTES
     except CheckpointNotSerializableError:
         return False
+
+
+def _raise_if_cancelled(settings: Settings, task: str, worker_id: str) -> None:
+    if is_cancelled(settings, worker_id):
+        raise Cancelled(f"'{task}/{worker_id}' was cancelled by {CALLS} before it began")
 
 
 def _check_recorded(record: Record, settings: Settings, work: Work) -> None:
@@ -564,6 +570,8 @@ class _Task:
     def run(self) -> Any:
         """All attempts of this process. What is no `Exception` is noted, and goes its way."""
         try:
+            if self._identity.attempt:
+                _raise_if_cancelled(self._settings, self._options.name, self._journal.held.worker_id)
             return self._attempts()
         except Exception:
             raise

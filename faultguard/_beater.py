@@ -24,7 +24,7 @@ from faultguard.errors import ManagerUnavailableError
 if TYPE_CHECKING:
     from faultguard._settings import Settings
 
-__all__ = ["Source", "cancelled_all", "hurry", "register", "unregister"]
+__all__ = ["Source", "hurry", "register", "unregister"]
 
 FIRST_BEAT_S = 0.5  # shorter tasks cost no call, and make no actor
 REPLY_S = 0.5  # a reply is waited for on the spot; a later one is looked for every so often
@@ -162,14 +162,13 @@ class _Line:
             self._ref = ref
             return False
         try:
-            replies, cancelled, interval_s = ray.get(ref)
+            replies, interval_s = ray.get(ref)
         except ray.exceptions.RayError as error:
             self._drop(error)
         else:
             self._back()
             self._interval_s = interval_s
             self._due = self._sent + interval_s
-            _cancelled[self._settings.key] = cancelled
             for client, reply in zip(self._beaten, replies, strict=True):
                 _tell(client, reply)
         return True
@@ -221,11 +220,6 @@ def _tell(client: _Client, reply: str) -> None:
         client.source.told(reply)
     except Exception as error:  # noqa: BLE001 - the others are to hear their replies
         _report(threading.current_thread().name, error)
-
-
-def cancelled_all(settings: Settings) -> int:
-    """The number of the last cancel of all workers of the run that this process has heard of; 0: of none."""
-    return _cancelled.get(settings.key, 0)
 
 
 def _work(clients: list[_Client]) -> float:
@@ -283,7 +277,6 @@ def _after_fork() -> None:
 
 _clients: dict[int, _Client] = {}
 _lines: dict[str, _Line] = {}
-_cancelled: dict[str, int] = {}
 _busy = threading.Lock()
 _exiting = threading.Event()
 _hooked = False

@@ -10,7 +10,7 @@ def recommended_ray_env() -> dict[str, str]:
 
     They have to be in the environment of every process of Ray's: of `ray start` on the head and on each node, of the containers of a
     KubeRay cluster, and of a driver that calls `ray.init()`, before it does. What they cost: a node that is paused, swapping, or cut off
-    for longer than about 6 s is lost, with the objects and the plain actors on it. See `docs/failure-model.md`.
+    for longer than about 6 s is lost, with the objects and the plain actors on it. See `docs/nodes.md`.
 
     Returns:
         Names and values, all str.

@@ -16,10 +16,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import msgspec
 import ray
 
 from faultguard import _events, _ray
+from faultguard._cancels import cancels_of
 from faultguard._core.pace import Pace
 from faultguard._core.records import Outcome
 from faultguard._core.silence import Verdict
@@ -83,7 +83,7 @@ class RecoveryManagerActor:
         self._is_new = True
         if name:
             period_s = min(self._settings.heartbeat_interval, JOB_CHECK_S)
-            for worker_id, number in msgspec.msgpack.decode(_ray.kv_get(self._cancels_key) or msgspec.msgpack.encode([])):
+            for worker_id, number in cancels_of(self._settings).items():
                 self._live.cancel(number, worker_id)
             self._live.check(time.monotonic(), period_s)  # from here on its own absence is nobody's silence
             _Ticker("faultguard-watch", period_s, functools.partial(self._watch, period_s)).start()
@@ -222,20 +222,19 @@ class RecoveryManagerActor:
         return {"pid": os.getpid(), "differs": "; ".join(differences)}
 
     @ray.method(concurrency_group="beats")
-    async def beat(self, beats: list[dict[str, Any]]) -> tuple[list[str], int, float]:
+    async def beat(self, beats: list[dict[str, Any]]) -> tuple[list[str], float]:
         """Take the beats of a process.
 
         Returns:
-            For each "ok" or what its worker must know; the number of the last cancel of all; in how many seconds to beat again.
+            For each "ok" or what its worker must know; in how many seconds to beat again.
         """
         self._calls += 1
-        return self._live.beat(beats, time.monotonic(), time.time()), self._live.cancelled_all, self._live.interval_s
+        return self._live.beat(beats, time.monotonic(), time.time()), self._live.interval_s
 
     @ray.method(concurrency_group="beats")
     async def cancel(self, number: int, worker_id: str | None) -> None:
-        """Cancel a decorated worker, or with None all, that was submitted before the driver's cancel of that number."""
-        cancels = self._live.cancel(number, worker_id)
-        await self._in_thread(_ray.kv_put, self._cancels_key, msgspec.msgpack.encode(list(cancels.items())))
+        """Cancel a decorated worker, or with None all, that was submitted before the driver's cancel of that number; it has noted that."""
+        self._live.cancel(number, worker_id)
 
     @ray.method(concurrency_group="beats")
     async def last_beat(self, task: str, worker_id: str) -> dict[str, float | bool | None]:
@@ -292,10 +291,6 @@ class RecoveryManagerActor:
 
     def _is_heard(self, worker_id: str) -> bool:
         return worker_id not in self._registry.silent()
-
-    @property
-    def _cancels_key(self) -> str:
-        return f"cancels:{self._name}"
 
     def _survey_if_absent(self, now: float) -> None:
         """Ask the nodes whom they hold, if beats can have been lost here: who has stood still since then will not send another one."""

@@ -169,6 +169,8 @@ class NamedRun:
             self._lease.end()
 
     def _end(self, *, failed: bool) -> list[str]:
+        from faultguard._run import kept_lines
+
         with self._lock:
             self._over = True  # nothing is submitted any more
         workers = stored_workers(self._store, self.settings.run_prefix, run=self.settings.run)
@@ -186,9 +188,9 @@ class NamedRun:
         counts = self._summary(completed.values())
         if closes:
             return [f"run {self._name} closed: {counts}"]
-        folders = [f"{encode_name(task)}/{encode_name(worker)}" for task, worker in sorted((s.task, s.worker_id) for s in open_)]
+        folders = [self.settings.log_prefix(task, worker).rstrip("/") for task, worker in sorted((s.task, s.worker_id) for s in open_)]
         text = f"run {self._name} stays open: {counts} {len(open_) + len(missing)} not completed; started again, it goes on."
-        return [text, *(f"kept {self._store.url}/{self.settings.run_prefix}{folder}" for folder in folders[:KEPT_INSTANCES])]
+        return [text, *kept_lines(self.settings, folders)]
 
     def _summary(self, completed: Iterable[Record]) -> str:
         from faultguard._run import duration
@@ -198,9 +200,9 @@ class NamedRun:
         survived = sum(len(record.failures) for record in ends)
         saved_s = sum(record.saved_s for record in ends) + sum(record.snapshot.work_s for record in before if record.snapshot is not None)
         saved = f" Saved {duration(saved_s)} of work." if saved_s >= 1 else ""
-        aside = sum(len(record.quarantined) for record in ends)
-        quarantined = f", {aside} quarantined" if aside else ""
-        return f"{len(ends)} completed ({len(before)} from the record), {survived} failures survived{quarantined}.{saved}"
+        quarantined = sum(len(record.quarantined) for record in ends)
+        counts = f"{len(ends)} completed ({len(before)} from the record), {survived} failures survived, {quarantined} quarantined."
+        return f"{counts}{saved}"
 
     def _lose(self, head: runs.RunRecord) -> None:
         """On the thread of the lease: another driver has the run."""
@@ -212,23 +214,28 @@ class NamedRun:
     # --- retention ---
 
     def _forget_old(self, before: runs.RunRecord | None) -> None:
-        """A new instance begins: finish what the last close left, and drop what is older than the last ten."""
+        """A new instance begins: finish what the last close left, and drop what was closed before the last ten.
+
+        What was not closed stays for its owner to remove, however old: there is work in it that nothing else has.
+        """
         if before is None:
             return
         run = encode_name(self.settings.run)
         if before.kind == "closed":
             _drop_checkpoints(self._store, f"{run}/{before.instance:09d}/")
-        instances: dict[int, list[int]] = {}
+        instances: dict[int, list[runs.RunRecord]] = {}  # oldest first
         for number in self._log.numbers():
             data = self._store.get(self._log.prefix + record_name(number))
             record = runs.decode_run_record(data, number) if data is not None else None
             if record is not None and record.instance < self.settings.instance:
-                instances.setdefault(record.instance, []).append(number)
+                instances.setdefault(record.instance, []).append(record)
         for instance in sorted(instances)[:-KEPT_INSTANCES]:  # counted: after damage their numbers have gaps
+            if instances[instance][-1].kind != "closed":
+                continue
             for key in self._store.list(f"{run}/{instance:09d}/"):
                 self._store.delete(key)
-            for number in instances[instance]:  # last: whoever is cut before comes back to it
-                self._store.delete(self._log.prefix + record_name(number))
+            for record in instances[instance]:  # last, the end after all else: whoever is cut before comes back to it
+                self._store.delete(self._log.prefix + record_name(record.number))
 
 
 def _at_hand(heads: Iterable[Record]) -> dict[tuple[str, str], Outcome]:

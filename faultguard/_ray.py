@@ -134,11 +134,12 @@ def kv_put(key: str, value: bytes) -> None:
     _internal_kv_put(key.encode(), value, overwrite=True, namespace=_KV_NAMESPACE)
 
 
-def kv_get(key: str) -> bytes | None:
-    """A value from the cluster's key-value store."""
-    from ray.experimental.internal_kv import _internal_kv_get
+def kv_get(key: str, wait_s: float | None = None) -> bytes | None:
+    """A value from the cluster's key-value store. `wait_s`: how long that may take; None: as long as Ray waits for its head."""
+    from ray.experimental.internal_kv import internal_kv_get_gcs_client
 
-    value: bytes | None = _internal_kv_get(key.encode(), namespace=_KV_NAMESPACE)
+    client: Any = internal_kv_get_gcs_client  # untyped; the function that gets takes no timeout
+    value: bytes | None = client().internal_kv_get(key.encode(), _KV_NAMESPACE, timeout=wait_s)
     return value
 
 

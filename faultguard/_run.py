@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import msgspec
 
 from faultguard import _ray, _session, _settings
+from faultguard._cancels import note_cancel
 from faultguard._core.names import check_worker_id, record_number
 from faultguard._core.records import FailureRecord, Outcome, Place, Record, decode_record
+from faultguard._settings import checked_store
 from faultguard.errors import CheckpointStoreError, ManagerUnavailableError, UsageError
 
 if TYPE_CHECKING:
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["Run", "cancel", "init", "shutdown", "start_run"]
 
 KEPT_RUNS = 10
+NAMED_PATHS = 10
 CANCEL_WAIT_S = 30.0
 _SUMMARY = "runs/"
 _hooked = False
@@ -190,8 +193,10 @@ def cancel(worker_id: str | None = None) -> None:
 
     A worker that runs is interrupted in its batch (in methods of async actors, and outside of loops and sections, at its next
     boundary), with its next heartbeat. Its last boundary is saved, its status is "cancelled", `ray.get` raises
-    `TaskCancelledError`, and nothing is charged; submitted again, it resumes. A task that waits to be run is cancelled as it begins;
-    `ray.cancel(ref)` takes it out of the queue. Tasks in plain `@ray.remote` without a block of ours are left alone.
+    `TaskCancelledError`, and nothing is charged; submitted again, it resumes. A task that waits to be run is cancelled as it begins
+    (within 0.2 s from now it may still begin, in a process that has just begun another one); `ray.cancel(ref)` takes it out of the
+    queue. Where the decorator is below `@ray.remote`, nobody knows when a task that waits was submitted, and it runs. Tasks in plain
+    `@ray.remote` without a block of ours are left alone.
 
     Args:
         worker_id: the worker, of whatever task; None: all of this run.
@@ -209,6 +214,7 @@ def cancel(worker_id: str | None = None) -> None:
     if worker_id is not None:
         check_worker_id(worker_id)
     settings = _session.count_cancel()
+    note_cancel(settings, worker_id)
     _settings.publish(settings)
     try:
         _ray.get_within(find_or_make(settings).cancel.remote(settings.cancels, worker_id), CANCEL_WAIT_S)
@@ -234,7 +240,7 @@ class _Worker(msgspec.Struct, frozen=True, omit_defaults=True):
 
 def end_run(settings: Settings, *, failed: bool) -> None:
     """Keep the records of a run, drop the checkpoints of its completed workers, print the summary."""
-    store = _settings.checked_store(settings)
+    store = checked_store(settings)
     prefix = settings.run_prefix
     logs: dict[str, list[str]] = {}
     for key in store.list(prefix):
@@ -246,7 +252,7 @@ def end_run(settings: Settings, *, failed: bool) -> None:
         head = _newest(store, keys)
         status = head.outcome.status if head is not None and head.outcome is not None else "unfinished"
         if head is None or status != "completed":
-            unfinished.append(f"{store.url}/{folder}")
+            unfinished.append(folder)
         if head is not None:
             workers.append(_Worker(head.task, head.worker_id, status, head.attempt, head.outcome, head.failures, head.quarantined))
             saved_s += head.saved_s
@@ -276,14 +282,19 @@ def _say_end(settings: Settings, workers: list[_Worker], unfinished: list[str], 
     completed = sum(worker.status == "completed" for worker in workers)
     survived = sum(len(worker.failures) for worker in workers if worker.status == "completed")
     saved = f" Saved {duration(saved_s)} of work." if saved_s >= 1 else ""
-    aside = sum(len(worker.quarantined) for worker in workers)
-    quarantined = f" {aside} quarantined," if aside else ""
-    say(
-        f"run {settings.run!r} ended: {completed} completed, {survived} failures survived,{quarantined} {len(unfinished)} not "
-        f"completed.{saved}"
-    )
-    for path in unfinished[:KEPT_RUNS]:
-        say(f"kept {path}")
+    quarantined = sum(len(worker.quarantined) for worker in workers)
+    counts = f"{completed} completed, {survived} failures survived, {quarantined} quarantined, {len(unfinished)} not completed."
+    say(f"run {settings.run!r} ended: {counts}{saved}")
+    for line in kept_lines(settings, unfinished):
+        say(line)
+
+
+def kept_lines(settings: Settings, folders: list[str]) -> list[str]:
+    """What to say of what stays of a run: where it is; of many, where the first ones are, and how many more."""
+    root = f"{checked_store(settings).url}/"
+    more = len(folders) - NAMED_PATHS
+    lines = [f"kept {root}{folder}" for folder in folders[:NAMED_PATHS]]
+    return [*lines, f"and {more} more in {root}{settings.run_prefix}"] if more > 0 else lines
 
 
 def duration(seconds: float) -> str:

@@ -121,16 +121,10 @@ class LiveView:
         with self._lock:
             self._draining = nodes
 
-    def cancel(self, number: int, worker_id: str | None) -> dict[str | None, int]:
-        """Cancel what was submitted before the driver's cancel of that number: a worker, or with None all. Returns all cancels."""
+    def cancel(self, number: int, worker_id: str | None) -> None:
+        """Cancel what was submitted before the driver's cancel of that number: a worker, or with None all."""
         with self._lock:
             self._cancels[worker_id] = max(number, self._cancels.get(worker_id, 0))
-            return dict(self._cancels)
-
-    @property
-    def cancelled_all(self) -> int:
-        """The number of the last cancel of all workers; 0: there was none."""
-        return self._cancels.get(None, 0)
 
     def check(self, now: float, next_in_s: float) -> list[dict[str, Any]]:
         """Look who is silent now and was not before; the next look is promised in `next_in_s`."""

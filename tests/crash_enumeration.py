@@ -25,12 +25,10 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
-import pytest
-
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-__all__ = ["enumerate_crashes", "require_strace"]
+__all__ = ["enumerate_crashes"]
 
 SECTOR = 512
 MAX_EXHAUSTIVE = 256  # states of one prefix; beyond that: all old, all new, each single, each all-but-one, and samples
@@ -45,15 +43,6 @@ Slot: TypeAlias = tuple[int, str, object]  # (node, "entry", name), (node, "sect
 Value: TypeAlias = "int | bytes | None"  # an entry: node or None; a sector: bytes; a size: int
 Choice: TypeAlias = dict[Slot, Value]
 Tree: TypeAlias = dict[str, bytes | None]  # path -> content, None: a directory
-
-
-def require_strace() -> None:
-    """Skip the test where there is no strace; under CI it must be there."""
-    if shutil.which("strace") is None:
-        message = "strace is not installed: crash states cannot be enumerated"
-        if os.environ.get("CI") == "true":
-            pytest.fail(message)
-        pytest.skip(message)
 
 
 def enumerate_crashes(script: str, root: Path, check: Callable[[Path, list[str]], None]) -> int:

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import pytest
+from tests.needs import missing
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -52,6 +52,21 @@ class Disk:
             over.set()
             eater.join()
             ballast.unlink()
+
+
+@contextlib.contextmanager
+def renamed(store: Path, *, replaced: bool = False) -> Iterator[None]:
+    """The directory is not there for a while: nothing is, or an empty one, such as the mount point of a disk that is gone."""
+    away = store.with_name("away")
+    store.rename(away)
+    if replaced:
+        store.mkdir()
+    try:
+        yield
+    finally:
+        if replaced:
+            store.rmdir()  # fails if anything was made there
+        away.rename(store)
 
 
 def _eat(ballast: Path, over: threading.Event) -> None:
@@ -96,7 +111,7 @@ def _permitted(doing: Callable[[], None], what: str) -> None:
     try:
         doing()
     except PermissionError as error:
-        pytest.skip(f"NOT TESTED: {what}, because mounting is not permitted here: {error}")
+        missing(f"{what}, because mounting is not permitted here: {error}")
 
 
 def _mount(source: str | Path, target: str | Path, kind: str, flags: int, options: str = "") -> None:

@@ -16,7 +16,7 @@ import ray
 
 import faultguard
 from faultguard._doctor import examine
-from tests.nodes import WORK, Nodes, alive, some_nodes
+from tests.nodes import WORK, Nodes, alive, doctor, some_nodes
 from tests.tasks import NOWAIT, Trace, expected, records, result, wait_until
 
 INTERVAL_S = 1.0
@@ -96,6 +96,7 @@ def main(directory: str, what: str) -> None:
             "attempts": [end.attempt for end in ends],
             "causes": [[failure.cause for failure in end.failures] for end in ends],
             "problems": problems,
+            "doctor": doctor(nodes, "--checkpoint-dir", run.checkpoint_dir).returncode,
             "ends": [[record.kind for record in records(run, "works", worker)].count("end") for worker in WORKERS],
             "notes": trace.notes(),
         }

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -70,6 +72,12 @@ class Nodes:
             for pid in (*pids, raylet):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGCONT)
+
+
+def doctor(nodes: Nodes, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run the command `faultguard doctor`."""
+    command = [sys.executable, "-m", "faultguard.cli", "doctor", "--address", nodes.address, *arguments]
+    return subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=WAIT_S, check=False)
 
 
 def alive() -> set[str]:

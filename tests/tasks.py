@@ -248,12 +248,6 @@ def open_files() -> dict[int, str]:
     return found
 
 
-def may_look_at_parents() -> bool:
-    """Whether the kernel lets a child look at its parent, as py-spy does."""
-    scope = Path("/proc/sys/kernel/yama/ptrace_scope")
-    return os.geteuid() == 0 or not scope.exists() or scope.read_text("ascii").strip() == "0"
-
-
 def first_line(texts: Iterable[str], part: str) -> str:
     """The first of the lines that has `part` in it."""
     return next(line for text in texts for line in text.splitlines() if part in line)

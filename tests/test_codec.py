@@ -34,6 +34,7 @@ from hypothesis.extra import numpy as hnp
 from faultguard import _codec
 from faultguard._codec import FINGERPRINT_LIMIT, MAX_DEPTH, decode, encode, fingerprint
 from faultguard.errors import CheckpointCorruptError, CheckpointNotSerializableError, UsageError
+from tests.needs import missing
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -318,7 +319,7 @@ def test_aliases_come_apart() -> None:
 def test_daylight_saving_zone_is_kept() -> None:
     """A time in a named zone keeps the zone, not just its offset at that moment."""
     if not ZONES:
-        pytest.skip("no time zones on this machine")
+        missing("zones, because this machine has no time zones")
     moment = dt.datetime(2026, 10, 25, 2, 30, tzinfo=ZONES[0], fold=1)
     restored = decode(encode(moment))
     assert restored.tzinfo is ZONES[0]
@@ -540,7 +541,7 @@ def test_zone_without_a_name_is_refused() -> None:
     """A zone read from a file cannot be found again."""
     path = next((folder for folder in map(Path, zoneinfo.TZPATH) if (folder / "UTC").exists()), None)
     if path is None:
-        pytest.skip("no time zones on this machine")
+        missing("zones, because this machine has no time zones")
     with (path / "UTC").open("rb") as file:
         zone = zoneinfo.ZoneInfo.from_file(file)
     with pytest.raises(CheckpointNotSerializableError, match=r"state\.tzinfo .*ZoneInfo\(name\)"):

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 import faultguard
-from tests.crash_enumeration import enumerate_crashes, require_strace
+from tests.crash_enumeration import enumerate_crashes
+from tests.needs import require_strace
 
 REPOSITORY = Path(faultguard.__file__).parent.parent
 

@@ -12,7 +12,8 @@ from faultguard._core.names import record_number
 from faultguard._core.records import decode_record
 from faultguard._log import StoredLog
 from faultguard.storage.local import LocalStore
-from tests.crash_enumeration import enumerate_crashes, require_strace
+from tests.crash_enumeration import enumerate_crashes
+from tests.needs import require_strace
 
 REPOSITORY = Path(faultguard.__file__).parent.parent
 

@@ -75,7 +75,7 @@ def test_a_driver_that_ends_well(tmp_path: Path, ray_temp_dir: str) -> None:
     name = ours[0].split("'")[1]
     assert ours == [
         f"faultguard: run '{name}' starts. Store {checkpoints}.",
-        f"faultguard: run '{name}' ended: 2 completed, 1 failures survived, 1 not completed.",
+        f"faultguard: run '{name}' ended: 2 completed, 1 failures survived, 0 quarantined, 1 not completed.",
         f"faultguard: kept {checkpoints}/{name}/work/c",
     ]
     assert [path.name for path in (checkpoints / name / "work").iterdir()] == ["c"]

@@ -12,7 +12,7 @@ import pytest
 import ray
 
 import faultguard
-from tests.conftest import temporary_dir
+from tests.conftest import CPUS, temporary_dir
 from tests.tasks import NOWAIT, Trace, expected, manager_pid, records, result, wait_until
 
 if TYPE_CHECKING:
@@ -94,6 +94,56 @@ def test_cancel_of_all_takes_those_that_wait(start_run: StartRun, trace: Trace) 
     assert_cancelled(run, "w0")
     trace.note("go", "test", batch=0)
     assert ray.get(sticks.remote("w11", trace), timeout=WAIT_S) == expected(6)
+
+
+@faultguard.recoverable(backoff=NOWAIT)
+@ray.remote(num_cpus=CPUS, max_calls=1)
+def brief(worker_id: str, trace: Trace, deaths: int) -> str:
+    """Takes all CPUs, in a process of its own, and is over before it would beat for the first time."""
+    trace.note("ran", worker_id, attempt=faultguard.current().attempt)
+    while deaths and not trace.notes("go"):
+        time.sleep(0.01)
+    if deaths:
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(0.2)
+    return worker_id
+
+
+@pytest.mark.parametrize("by_id", [True, False])
+def test_a_short_task_that_waits_is_cancelled(start_run: StartRun, trace: Trace, by_id: bool) -> None:
+    """As it begins, in a process that has heard of no cancel; what is submitted after that runs, under the same id, too."""
+    run = start_run(heartbeat_interval=INTERVAL_S)
+    holder = sticks.remote("holder", trace)
+    wait_until(lambda: is_stuck(trace, "holder"))
+    refs = {worker: brief.remote(worker, trace, 0) for worker in ("b0", "b1", "b2")}
+    for worker in refs if by_id else [None]:
+        faultguard.cancel(worker)
+    later = [brief.remote(worker, trace, 0) for worker in ("b1", "b3")]
+    if by_id:
+        trace.note("go", "test", batch=0)
+        assert ray.get(holder, timeout=WAIT_S) == expected(6)
+    else:
+        refs["holder"] = holder
+    for ref in refs.values():
+        with pytest.raises(ray.exceptions.TaskCancelledError):
+            ray.get(ref, timeout=WAIT_S)
+    assert ray.get(later, timeout=WAIT_S) == ["b1", "b3"]
+    assert sorted(note["worker"] for note in trace.notes("ran")) == ["b1", "b3"]
+    assert records(run, "brief", "b0") == []
+
+
+def test_a_task_that_waits_to_be_run_again_is_cancelled(start_run: StartRun, trace: Trace) -> None:
+    """Its process has died, and meanwhile it was cancelled: that is what its log says, too."""
+    run = start_run(heartbeat_interval=60.0, heartbeat_timeout=120.0)
+    ref = brief.remote("b", trace, 1)
+    wait_until(lambda: trace.notes("ran"))
+    faultguard.cancel("b")
+    trace.note("go", "test")
+    with pytest.raises(ray.exceptions.TaskCancelledError):
+        ray.get(ref, timeout=WAIT_S)
+    assert [note["attempt"] for note in trace.notes("ran")] == [1]
+    assert status("b") == "cancelled"
+    assert (newest(run, "b", "brief").ended.cause, newest(run, "b", "brief").charged) == ("cancelled", 1)
 
 
 @pytest.mark.parametrize("force", [False, True])

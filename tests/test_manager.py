@@ -236,15 +236,13 @@ def test_a_cancel_is_for_what_was_submitted_before_it() -> None:
     view = LiveView(10.0, 0.0)
     both = [beat("a"), beat("b")]
     assert view.beat(both, 1.0, 1.0) == ["ok", "ok"]
-    assert view.cancel(1, "a") == {"a": 1}
+    view.cancel(1, "a")
     assert view.beat(both, 2.0, 2.0) == ["cancelled", "ok"]
     assert view.beat([beat("a", token=2, cancels=1)], 3.0, 3.0) == ["ok"]
-    assert view.cancelled_all == 0
-    assert view.cancel(2, None) == {"a": 1, None: 2}
-    assert view.cancel(1, None)[None] == 2, "a restarted manager is told the numbers in any order"
+    view.cancel(2, None)
+    view.cancel(1, None)  # a restarted manager is told the numbers in any order
     assert view.beat([beat("a", token=2, cancels=1), beat("b")], 4.0, 4.0) == ["cancelled", "cancelled"]
     assert view.beat([beat("b", token=2, cancels=2)], 4.0, 4.0) == ["ok"]
-    assert view.cancelled_all == 2
 
 
 def test_workers_of_a_drained_node_are_told() -> None:
@@ -1110,7 +1108,7 @@ def test_thousands_can_pause(start_run: StartRun) -> None:
     shared = Manager(faultguard.manager())
     started = time.monotonic()
     pauses = [shared.handle.pause.remote(3.0) for _ in range(2000)]
-    assert shared.beat([beat()]) == (["ok"], 0, 5.0)
+    assert shared.beat([beat()]) == (["ok"], 5.0)
     assert all(ray.get(pauses, timeout=100.0))
     assert time.monotonic() - started < 100.0, "one after another they would take 6000 s"
     assert shared.last_beat("embed", "w0")["age_s"] > 1.0

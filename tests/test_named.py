@@ -15,6 +15,7 @@ from faultguard import _named
 from faultguard._log import StoredLog
 from faultguard._named import KEPT_INSTANCES
 from faultguard.storage import open_store
+from tests.disks import renamed
 from tests.tasks import NOWAIT, Trace, expected, result, wait_until
 
 if TYPE_CHECKING:
@@ -83,7 +84,10 @@ def test_an_open_run_goes_on(start_run: StartRun, trace: Trace, capfd: pytest.Ca
     assert batches(trace, "bad") == [0, 1, 2, 3, 3]
     said = capfd.readouterr().err
     assert f"faultguard: run 'nightly' (#1) starts. Store {run.checkpoint_dir}.\n" in said
-    assert "faultguard: run 'nightly' (#1) stays open: 1 completed (0 from the record), 0 failures survived. 1 not completed" in said
+    assert (
+        "faultguard: run 'nightly' (#1) stays open: 1 completed (0 from the record), 0 failures survived, 0 quarantined. 1 not completed"
+        in said
+    )
     assert f"faultguard: kept {logs(run)}/works/bad\n" in said
     trace.note("mended", "bad")
     with start_run(run=RUN) as again:
@@ -95,7 +99,7 @@ def test_an_open_run_goes_on(start_run: StartRun, trace: Trace, capfd: pytest.Ca
     said = capfd.readouterr().err
     assert f"(#1) goes on: opened {time.strftime('%H:')}" in said or "(#1) goes on: opened " in said
     assert f"pid {os.getpid()} (ended). 1 of 2 workers completed, 1 resume. Store" in said
-    assert "faultguard: run 'nightly' (#1) closed: 2 completed (1 from the record), 0 failures survived." in said
+    assert "faultguard: run 'nightly' (#1) closed: 2 completed (1 from the record), 0 failures survived, 0 quarantined." in said
     assert [len(list((logs(run) / "works" / worker).iterdir())) for worker in ("good", "bad")] == [1, 2], "ends, and a claim that fences"
 
 
@@ -199,7 +203,7 @@ def test_what_resuming_saved(start_run: StartRun, trace: Trace, capfd: pytest.Ca
     assert "Saved" not in capfd.readouterr().err
     with start_run(run=RUN, resume="always"):
         assert get(takes.remote("t", 1.2)) == 1
-    assert "1 completed (1 from the record), 0 failures survived. Saved 1 s of work." in capfd.readouterr().err
+    assert "1 completed (1 from the record), 0 failures survived, 0 quarantined. Saved 1 s of work." in capfd.readouterr().err
 
 
 @faultguard.recoverable(every=1)
@@ -282,17 +286,18 @@ def submits(trace: Trace) -> Any:
 
 
 def test_a_recorded_result_takes_no_slot(start_run: StartRun, trace: Trace) -> None:
-    """`.remote()` gives what is there, with all CPUs busy; nested and bound calls are run, and ask the log."""
+    """`.remote()` gives what is there, with all CPUs busy, and the store away; nested and bound calls are run, and ask the log."""
     trace.note("mended", "w")
     with start_run(run=RUN):
         get(works.remote("w", 6, trace))
         get(two.remote("t", trace))
         works.options(num_cpus=1000).remote("never", 6, trace)
-    with start_run(run=RUN):
+    with start_run(run=RUN) as run:
         impossible: Any = works.options(num_cpus=1000)
-        assert get(impossible.remote("w", 6, trace)) == expected(6)
-        both: Any = two.options(num_cpus=1000).remote("t", trace)
-        assert get(both) == [1, "b"]
+        with renamed(Path(run.checkpoint_dir)):
+            assert get(impossible.remote("w", 6, trace)) == expected(6)
+            both: Any = two.options(num_cpus=1000).remote("t", trace)
+            assert get(both) == [1, "b"]
         assert get(submits.remote(trace)) == expected(6)
         with pytest.warns(Warning, match="DAGNode.execute"):  # all that it says is that Ray calls it old
             assert get(works.bind("w", 6, trace).execute()) == expected(6)

@@ -17,18 +17,21 @@ import pytest
 from faultguard._core.names import record_number
 from faultguard._log import StoredLog
 from faultguard.storage import open_store
+from tests.disks import renamed, small_disk
 from tests.named_driver import RUN, WAITS_AT
 from tests.nodes import Nodes, some_nodes
 from tests.tasks import Trace, expected, wait_until
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
+    from contextlib import AbstractContextManager
 
     from faultguard._core.records import Record
     from faultguard._core.runs import RunRecord
 
 pytestmark = pytest.mark.ray
 WAIT_S = 90
+ICE = "ice"  # a resource of a node that freezes
 REPOSITORY = Path(__file__).parents[1]
 WORKERS = ("fails", "waits", "quick")  # what resumes comes first: in a new cluster it then has the ids of the same tasks in the old one
 
@@ -56,7 +59,7 @@ class Drivers:
         self._ray_options = ray_options
         self._started: list[subprocess.Popen[bytes]] = []
 
-    def start(self, *workers: str, end: str = "", **options: Any) -> subprocess.Popen[bytes]:
+    def start(self, *workers: str, end: str = "", on: str = "", stops: str = "", **options: Any) -> subprocess.Popen[bytes]:
         """Start one."""
         spec = {
             "ray": self._ray_options,
@@ -64,6 +67,8 @@ class Drivers:
             "checkpoint_dir": self.store,
             "workers": workers or WORKERS,
             "end": end,
+            "on": on,
+            "stops": stops,
             "init": {"heartbeat_interval": 0.5, "heartbeat_timeout": 4.0, "progress": False, **options},
         }
         said = (self._directory / f"said-{len(self._started)}").open("wb")
@@ -152,7 +157,7 @@ def test_a_driver_is_killed_and_started_again(
     assert "run 'nightly' (#1) goes on: opened " in said
     assert f"by {socket.gethostname()} pid {first.pid} (gone). 1 of 3 workers completed, 2 resume. Store {drivers.store}." in said
     survived = sum(map(len, causes))
-    assert f"run 'nightly' (#1) closed: 4 completed (1 from the record), {survived} failures survived." in said
+    assert f"run 'nightly' (#1) closed: 4 completed (1 from the record), {survived} failures survived, 0 quarantined." in said
     assert drivers.run_head().kind == "closed"
 
 
@@ -255,3 +260,89 @@ def test_the_end_of_the_interpreter(drivers: Drivers, end: str, code: int, kind:
         assert "goes on: opened" in drivers.end(drivers.start("quick"))
     assert drivers.run_head().kind == "closed"
     assert len({note["pid"] for note in drivers.trace.notes("batch", "quick")}) == 1
+
+
+def files(drivers: Drivers) -> dict[Path, bytes]:
+    """All that is on record, but for the signs of life of drivers."""
+    return {path: path.read_bytes() for path in (Path(drivers.store) / RUN).rglob("*.json")}
+
+
+def test_zombies_of_a_closed_run_change_nothing(nodes: Nodes, drivers: Drivers) -> None:
+    """Frozen with their node as their driver was killed, they thaw when the run is closed: one saves, one only says that it is done."""
+    node, workers = nodes.add(1, **{ICE: 2}), ("waits", "fails")
+    old = drivers.start(*workers, on=ICE)
+    wait_until(lambda: drivers.stuck(*workers) and all(drivers.head(worker).snapshot is not None for worker in workers), WAIT_S)
+    zombies = {worker: drivers.trace.notes("batch", worker)[-1]["pid"] for worker in workers}
+    with nodes.frozen(node, *zombies.values()):
+        os.kill(old.pid, signal.SIGKILL)
+        new = drivers.start(*workers)
+        wait_until(lambda: all(drivers.trace.notes("batch", worker)[-1]["pid"] != pid for worker, pid in zombies.items()), WAIT_S)
+        drivers.trace.note("go", "test")
+        assert "run 'nightly' (#1) closed: 3 completed" in drivers.end(new)
+        closed = files(drivers)
+        for pid in zombies.values():  # before their raylet, which would end them
+            os.kill(pid, signal.SIGCONT)
+        wait_until(lambda: not any(is_at_work(pid) for pid in zombies.values()), WAIT_S)
+    assert [(note["worker"], note["pid"]) for note in drivers.trace.notes("fenced")] == [("fails", zombies["fails"])]
+    assert [note["batch"] for note in drivers.trace.notes("batch", "waits") if note["pid"] == zombies["waits"]][-1] > WAITS_AT
+    assert files(drivers) == closed
+    ran = len(drivers.trace.notes("batch"))
+    assert "(#1) closed: 3 completed (3 from the record)" in drivers.end(drivers.start(*workers, resume="always"))
+    assert len(drivers.trace.notes("batch")) == ran
+    assert drivers.results() == dict.fromkeys(workers, expected(8))
+    nodes.remove(node)
+
+
+def is_at_work(pid: int) -> bool:
+    """Whether a process of Ray's runs a task of ours, which its title says."""
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        return b"works" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    return False
+
+
+@contextlib.contextmanager
+def harmful(harm: str, store: Path) -> Iterator[Callable[[], AbstractContextManager[None]]]:
+    """A store, and what is done to it."""
+    if harm == "gone":
+        yield lambda: renamed(store)
+    else:
+        with small_disk(store) as disk:
+            yield disk.read_only
+
+
+ENTERING, AT_THE_LOOK = "checked_store", "stored_workers"  # the driver looks at all workers once it has entered, or when it ends
+
+
+@pytest.mark.parametrize(
+    ("moment", "stops", "harm"),
+    [
+        ("entering", ENTERING, "gone"),
+        ("entering", ENTERING, "read-only"),
+        ("entered", AT_THE_LOOK, "gone"),
+        ("end", AT_THE_LOOK, "gone"),
+        ("end", AT_THE_LOOK, "read-only"),
+    ],
+)
+def test_a_store_that_fails_as_a_driver_enters_or_ends(drivers: Drivers, moment: str, stops: str, harm: str) -> None:
+    """The user is told, and the run stays open; the next driver need not wait for the end of the process, which lives on."""
+    with harmful(harm, Path(drivers.store)) as fault:
+        first = drivers.start("quick", end="exception") if moment != "end" else None
+        if first is not None:
+            drivers.end(first, 1)
+        old = drivers.start("quick", stops=stops, end="shutdown")
+        wait_until(lambda: drivers.trace.notes("stops"), WAIT_S)
+        with fault():
+            drivers.trace.note("harm", "test")
+            (failed,) = wait_until(lambda: drivers.trace.notes("failed"), WAIT_S)
+        assert failed["pid"] == old.pid
+        assert drivers.store in failed["text"]
+        assert drivers.run_head().kind == ("left" if moment == "entering" else "open")
+        said = drivers.end(drivers.start("quick"))
+        before = f"pid {first.pid} (ended)." if first is not None and moment == "entering" else f"pid {old.pid} (silent for 4 s)."
+        assert "run 'nightly' (#1) goes on: opened " in said
+        assert before in said
+        assert "run 'nightly' (#1) closed: 2 completed (2 from the record)" in said
+        assert len({note["pid"] for note in drivers.trace.notes("batch", "quick")}) == 1
+        drivers.trace.note("leave", "test")
+        assert "(#1) closed" not in drivers.end(old)
+        assert drivers.run_head().kind == "closed"

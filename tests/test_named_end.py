@@ -118,12 +118,25 @@ def test_a_failed_worker_keeps_the_run_open(settings: Settings, named: NamedRun)
     with pytest.raises(Exception, match="planned"):
         execute(named.settings, fail, worker_id="c")
     lines = named.end(failed=False)
-    assert lines[0].startswith("run 'nightly' (#1) stays open: 2 completed (0 from the record), 0 failures survived. 1 not completed;")
+    assert lines[0].startswith(
+        "run 'nightly' (#1) stays open: 2 completed (0 from the record), 0 failures survived, 0 quarantined. 1 not completed;"
+    )
     assert lines[1].startswith(f"kept {settings.checkpoint_dir}/nightly/000000001/")
     again = enter(settings)
     assert "goes on: opened " in again.line
     assert "2 of 3 workers completed, 1 resume." in again.line
     again.end(failed=False)
+
+
+def test_of_many_that_are_kept_the_first_are_named(settings: Settings, named: NamedRun) -> None:
+    """And how many more there are, and where."""
+    for number in range(13):
+        with pytest.raises(Exception, match="planned"):
+            execute(named.settings, fail, worker_id=f"c{number:02d}")
+    folder = f"{settings.checkpoint_dir}/nightly/000000001/"
+    lines = named.end(failed=False)
+    assert "13 not completed" in lines[0]
+    assert lines[1:] == [*(f"kept {folder}count/c{number:02d}" for number in range(10)), f"and 3 more in {folder}"]
 
 
 def test_a_driver_that_lost_its_run_closes_nothing(settings: Settings, named: NamedRun) -> None:
@@ -230,15 +243,39 @@ def test_ten_instances_stay_whatever_their_numbers(settings: Settings, monkeypat
     driver = Path(settings.checkpoint_dir) / "nightly" / "driver"
     newest = max(driver.glob("*.json"))
     newest.write_bytes(newest.read_bytes()[:-9])
-    numbers = [1]
+    numbers = []
     for _ in range(5):
         named = enter(settings, resume="never")
         assert execute(named.settings, sum_up, worker_id="w") == 3
         named.end(failed=False)
         numbers.append(named.settings.instance)
         left = {int(path.name) for path in driver.parent.iterdir() if path.name.isdigit()}
-        assert left == set(numbers[-4:]), "the newest, and three before it"
-    assert numbers[1] > 10
+        assert left == {1, *numbers[-4:]}, "the newest, three before it, and the one that was not closed"
+    assert numbers[0] > 10
+
+
+def test_what_is_unfinished_stays_however_old(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The checkpoints of what failed are there for as long as their owner wants, whose driver may thaw; instances that were closed go."""
+    monkeypatch.setattr("faultguard._named.KEPT_INSTANCES", 3)
+    failed = enter(settings)
+    with pytest.raises(Exception, match="planned"):
+        execute(failed.settings, fail, worker_id="c")
+    folder = Path(settings.checkpoint_dir) / "nightly"
+    before = {path: path.read_bytes() for path in (folder / "000000001").rglob("*.json")}
+    assert before
+    for _ in range(6):
+        named = enter(settings, resume="never")
+        execute(named.settings, sum_up, worker_id="w")
+        named.end(failed=False)
+    assert {path: path.read_bytes() for path in (folder / "000000001").rglob("*.json")} == before
+    assert sorted(path.name for path in folder.iterdir() if path.name.isdigit()) == [f"{number:09d}" for number in (1, 4, 5, 6, 7)]
+    records = sorted(path for path in (folder / "driver").iterdir() if path.is_file())
+    assert len(records) == 1 + 2 * 4
+    assert "stays open" in failed.end(failed=False)[0]
+    assert {path: path.read_bytes() for path in (folder / "000000001").rglob("*.json")} == before
+    again = enter(settings)
+    assert again.settings.instance == 8
+    again.end(failed=True)
 
 
 def test_asked_for_twice_by_one_driver(settings: Settings, named: NamedRun, caplog: pytest.LogCaptureFixture) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from faultguard import _native
 from faultguard._native import native_stacks
-from tests.tasks import may_look_at_parents
+from tests.needs import require_a_look_at_parents
 
 REPOSITORY = Path(__file__).parents[1]
 WAIT_S = 60
@@ -25,9 +25,9 @@ print(repr(_native.native_stacks(threading.get_ident())))
 """
 
 
-@pytest.mark.skipif(not may_look_at_parents(), reason="kernel.yama.ptrace_scope is not 0: only root may look")
 def test_a_lock_is_seen_from_below() -> None:
     """The thread that is meant comes first, with the C frames under its Python ones."""
+    require_a_look_at_parents()
     held, ready = threading.Lock(), threading.Event()
 
     def waits() -> None:

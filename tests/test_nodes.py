@@ -17,7 +17,7 @@ import faultguard
 from faultguard import _manager
 from tests.frozen_nodes import BATCH_S
 from tests.frozen_nodes import INTERVAL_S as FROZEN_INTERVAL_S
-from tests.nodes import WORK, Nodes, some_nodes
+from tests.nodes import WORK, Nodes, doctor, some_nodes
 from tests.tasks import NOWAIT, Trace, expected, manager_pid, result, wait_until
 
 if TYPE_CHECKING:
@@ -28,12 +28,6 @@ WAIT_S = 90
 INTERVAL_S = 0.5
 REPOSITORY = Path(__file__).parents[1]
 TWO_HEARTBEATS = 2 * FROZEN_INTERVAL_S / BATCH_S  # in batches of the test
-
-
-def doctor(nodes: Nodes, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run the command."""
-    command = [sys.executable, "-m", "faultguard.cli", "doctor", "--address", nodes.address, *arguments]
-    return subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=WAIT_S, check=False)
 
 
 # --- with Ray as it comes -------------------------------------------------------------------------------------------
@@ -188,6 +182,7 @@ def test_zombies_stop_by_themselves(frozen: dict[str, Any]) -> None:
 def test_the_doctor_is_content(frozen: dict[str, Any]) -> None:
     """With these settings on every node and in the driver."""
     assert frozen["problems"] == []
+    assert frozen["doctor"] == 0
 
 
 def test_a_raylet_that_is_given_up_under_its_workers(tmp_path: Path) -> None:

@@ -49,6 +49,19 @@ def test_key_value_store_carries_settings_to_tasks() -> None:
     assert ray.get(ray.remote(lambda: (_ray.kv_get("facts"), _ray.kv_get("absent"))).remote()) == (b"new", None)
 
 
+def test_a_key_value_store_that_does_not_answer_is_waited_for_as_long_as_one_likes() -> None:
+    """What has to be known at once is not known then, and the work goes on."""
+    node: Any = ray._private.worker._global_node
+    head = node.all_processes["gcs_server"][0].process.pid
+    os.kill(head, signal.SIGSTOP)
+    try:
+        with pytest.raises(Exception, match=r"(?i)timed out|deadline"):
+            _ray.kv_get("facts", 0.2)
+    finally:
+        os.kill(head, signal.SIGCONT)
+    assert _ray.kv_get("absent", 60.0) is None
+
+
 def test_job_of_this_driver_is_not_over() -> None:
     """The manager leaves when its job is over, and not before; a job that nobody knows is not over."""
     assert not _ray.job_is_over(_ray.identity().job_id)

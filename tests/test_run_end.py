@@ -136,6 +136,20 @@ def test_a_death_half_way_through_the_end_loses_nothing(tmp_path: Path) -> None:
     assert list(left) == ["c"]
 
 
+def test_of_many_that_are_kept_the_first_are_named(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """And how many more there are, and where."""
+    settings = a_run(tmp_path)
+    for number in range(13):
+        with pytest.raises(faultguard.MaxFailuresExceeded):
+            execute(settings, fail, worker_id=f"c{number:02d}")
+    end_run(settings, failed=False)
+    lines = capfd.readouterr().err.splitlines()
+    folder = f"{settings.checkpoint_dir}/run/"
+    assert lines[-12] == "faultguard: run 'run' ended: 0 completed, 0 failures survived, 0 quarantined, 13 not completed."
+    assert lines[-11:-1] == [f"faultguard: kept {folder}count/c{number:02d}" for number in range(10)]
+    assert lines[-1] == f"faultguard: and 3 more in {folder}"
+
+
 def test_a_driver_that_failed_keeps_all(tmp_path: Path) -> None:
     """The checkpoints of what completed may be what its owner looks for."""
     settings = a_run(tmp_path)

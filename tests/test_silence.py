@@ -16,7 +16,8 @@ import ray
 
 import faultguard
 from faultguard._core.names import encode_name
-from tests.tasks import NOWAIT, Trace, expected, loop_in_c, manager_pid, may_look_at_parents, records, result, wait_until
+from tests.needs import require_a_look_at_parents
+from tests.tasks import NOWAIT, Trace, expected, loop_in_c, manager_pid, records, result, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -306,9 +307,9 @@ def test_hung_in_c_with_the_interpreter(kind: str, start_run: StartRun, trace: T
     assert attempts(trace) == ({1, 2} if kind == "hang" else {1, 2, 3})
     failures = records(run, "in_c_with_timeout", encode_name(kind))[-1].failures
     assert {failure.cause for failure in failures} == {"stall"}
-    if may_look_at_parents():
-        assert re.search(r"\b(clock_)?nanosleep\b|\bsleep\b", failures[-1].stacks), failures[-1].stacks
     wait_until(lambda: told(ray_cluster, f"'in_c_with_timeout/{kind}' attempt 1 stood still for longer than its stall_timeout"))
+    require_a_look_at_parents()
+    assert re.search(r"\b(clock_)?nanosleep\b|\bsleep\b", failures[-1].stacks), failures[-1].stacks
 
 
 def test_hung_in_c_with_the_interpreter_at_once(start_run: StartRun, trace: Trace) -> None:

@@ -23,7 +23,8 @@ from faultguard._journal import Journal
 from faultguard._log import StoredLog
 from faultguard._settings import Settings
 from faultguard.storage import open_store, store_id
-from tests.tasks import NOWAIT, Trace, assert_whole, hang, may_look_at_parents, records, wait_until
+from tests.needs import require_a_look_at_parents
+from tests.tasks import NOWAIT, Trace, assert_whole, hang, records, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -542,10 +543,10 @@ def test_hung_in_c(run: faultguard.Run, trace: Trace, how: str) -> None:
     assert "does not react" in failure.message
     python, _, native = failure.stacks.partition("py-spy: ")
     assert "in locked" in python
-    if may_look_at_parents():
-        thread = native.split("Thread ")[1]  # the one that hangs comes first
-        assert "locked (" in thread
-        assert how != "read" or re.search(r"^    (__)?(libc_)?read ", thread, re.MULTILINE), native
+    require_a_look_at_parents()
+    thread = native.split("Thread ")[1]  # the one that hangs comes first
+    assert "locked (" in thread
+    assert how != "read" or re.search(r"^    (__)?(libc_)?read ", thread, re.MULTILINE), native
 
 
 @pytest.mark.ray

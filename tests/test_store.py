@@ -28,7 +28,7 @@ from faultguard.errors import AmbiguousReplyError, CheckpointCorruptError, Check
 from faultguard.storage import local, open_store, store_id
 from faultguard.storage.local import LocalStore
 from faultguard.storage.memory import MemoryStore
-from tests.crash_enumeration import require_strace
+from tests.needs import missing, require_strace
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -330,7 +330,7 @@ def small_disk() -> Iterator[Path]:
     done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", str(path)], capture_output=True, text=True, check=False)
     try:
         if done.returncode:
-            pytest.skip(f"NOT TESTED: a full disk, because mounting a tmpfs is not permitted here: {done.stderr.strip()}")
+            missing(f"a full disk, because mounting a tmpfs is not permitted here: {done.stderr.strip()}")
         yield path
     finally:
         if not done.returncode:

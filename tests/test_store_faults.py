@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import signal
 import time
@@ -16,8 +17,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 import faultguard
 from faultguard.storage import STORE_KEY, open_store, store_id
-from tests.disks import small_disk, where_it_is_another
-from tests.nodes import Nodes, some_nodes
+from tests.disks import renamed, small_disk, where_it_is_another
+from tests.nodes import Nodes, doctor, some_nodes
 from tests.tasks import NOWAIT, Trace, expected, records, result, wait_until
 
 if TYPE_CHECKING:
@@ -71,21 +72,6 @@ def said(directory: str, part: str) -> list[str]:
     """What worker processes of the cluster have logged with `part` in it."""
     logs = (Path(directory) / "session_latest" / "logs").glob("worker-*.err")
     return [line for log in logs for line in log.read_text(errors="replace").splitlines() if part in line]
-
-
-@contextlib.contextmanager
-def renamed(store: Path, *, replaced: bool = False) -> Iterator[None]:
-    """The directory is not there for a while: nothing is, or an empty one, such as the mount point of a disk that is gone."""
-    away = store.with_name("away")
-    store.rename(away)
-    if replaced:
-        store.mkdir()
-    try:
-        yield
-    finally:
-        if replaced:
-            store.rmdir()  # fails if anything was made there
-        away.rename(store)
 
 
 @pytest.fixture(scope="module")
@@ -268,6 +254,23 @@ def test_a_directory_that_is_not_shared(estranged: tuple[Any, Path, Path], trace
                 block.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node.node_id, soft=False)).remote(trace), timeout=WAIT_S
             )
     assert trace.notes() == []
+    assert sorted(other.rglob("*")) == before
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_the_doctor_sees_a_directory_that_is_not_shared(
+    estranged: tuple[Any, Path, Path], nodes: Nodes, request: pytest.FixtureRequest
+) -> None:
+    """Before there is any work: it names the node, what is there, and what can be done; and makes nothing there."""
+    node, store, other = estranged
+    before = sorted(other.rglob("*"))
+    done = doctor(nodes, "--checkpoint-dir", str(store), **faultguard.recommended_ray_env())
+    (line,) = [line for line in done.stdout.splitlines() if f"sees at {store}: " in line]
+    assert line.startswith(f"PROBLEM  node {node.node_id[:8]} (")
+    assert ("another store (id" in line) == ("[another]" in request.node.name)
+    assert re.search(WAYS_OUT, line)
+    assert done.returncode == 1
+    assert done.stdout.count(f": sees the store {store}") == len(nodes.workers), "the head, and the other workers"
     assert sorted(other.rglob("*")) == before
 
 
