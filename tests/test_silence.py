@@ -8,6 +8,7 @@ import re
 import signal
 import time
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,19 @@ import ray
 
 import faultguard
 from faultguard._core.names import encode_name
-from tests.tasks import NOWAIT, Trace, expected, loop_in_c, manager_pid, may_look_at_parents, records, result, wait_until
+from tests.tasks import (
+    NOWAIT,
+    Trace,
+    expected,
+    loop_in_c,
+    manager_pid,
+    may_look_at_parents,
+    records,
+    result,
+    told,
+    wait_until,
+    wait_until_heard,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -47,11 +60,6 @@ def is_silent(worker: str) -> bool:
     """Whether it is marked so."""
     state = state_of(worker)
     return state is not None and state.silent
-
-
-def wait_until_heard(worker: str) -> None:
-    """Until the manager has a beat of it."""
-    wait_until(lambda: worker in {beat["worker_id"] for beat in ray.get(faultguard.manager().live_workers.remote(), timeout=WAIT_S)})
 
 
 @faultguard.recoverable(every=1, backoff=NOWAIT)
@@ -214,12 +222,6 @@ def test_a_store_that_hangs_makes_no_worker_look_dead(start_run: StartRun, trace
 # --- probes ---------------------------------------------------------------------------------------------------------
 
 
-def told(session: str, part: str) -> list[str]:
-    """Lines that the manager, or a worker, has said."""
-    logs = [log for kind in ("worker-*.err", "python-core-worker-*.log") for log in (Path(session) / "session_latest" / "logs").glob(kind)]
-    return [line for log in logs for line in log.read_text(errors="replace").splitlines() if part in line]
-
-
 def attempts(trace: Trace) -> set[int]:
     """Of the worker of a test."""
     return {note["attempt"] for note in trace.notes("batch")}
@@ -293,6 +295,17 @@ def test_c_code_that_holds_the_interpreter_is_left_alone(start_run: StartRun, tr
     assert attempts(trace) == {1}
     assert told(ray_cluster, "'in_c/burns' attempt 1 is silent")
     assert len(told(ray_cluster, "'in_c/burns' attempt 1 stands still")) <= 1, "once, however often it is looked at"
+
+
+def test_a_section_without_a_limit_may_hold_the_interpreter(start_run: StartRun, trace: Trace, ray_cluster: str) -> None:
+    """The timeout of its task does not hold in there, for nobody: the process says so on its node before it begins."""
+    start_run(heartbeat_interval=INTERVAL_S, heartbeat_timeout=TIMEOUT_S)
+    ref = in_c_with_timeout.remote("untimed", "burn untimed", 15, trace)
+    wait_until_heard("untimed")
+    trace.note("go", "untimed")
+    assert ray.get(ref, timeout=WAIT_S) == expected(6)
+    assert attempts(trace) == {1}
+    assert told(ray_cluster, "'in_c_with_timeout/untimed' attempt 1 stands still, and may have a reason")
 
 
 @pytest.mark.parametrize("kind", ["hang", "hang twice"])
@@ -376,3 +389,38 @@ def test_frozen_and_thawed_within_the_timeout(start_run: StartRun, trace: Trace)
         time.sleep(2 * INTERVAL_S)
     assert ray.get(ref, timeout=WAIT_S) == expected(30)
     assert attempts(trace) == {1}
+
+
+STALL_S, FROZEN_S, PAUSE_S, PAUSES = 2.5, 3.0, 0.05, 20
+
+
+@faultguard.recoverable(every=1, max_failures=0, stall_timeout=STALL_S)
+@ray.remote(num_cpus=0.5)
+def in_short_sleeps(worker_id: str, n: int, trace: Trace) -> Any:
+    """Batches of many short sleeps, of which none comes near to the timeout."""
+    ckpt = faultguard.current()
+    for batch in ckpt.batches(range(n)):
+        trace.note("batch", worker_id, attempt=ckpt.attempt, batch=batch)
+        for number in range(PAUSES):
+            time.sleep(PAUSE_S)
+            trace.note("slept", worker_id, batch=batch, number=number)
+        ckpt.state["sum"] = ckpt.state.get("sum", 0) + batch
+        ckpt.state.setdefault("seen", []).append(batch)
+    return result(ckpt)
+
+
+def test_a_thawed_process_does_not_strike_its_own_worker(start_run: StartRun, trace: Trace) -> None:
+    """Frozen in the middle of a batch for longer than its `stall_timeout`: its own absence is nobody's stall."""
+    run = start_run(heartbeat_interval=INTERVAL_S, heartbeat_timeout=2 * FROZEN_S)
+    ref = in_short_sleeps.remote("thawed", 8, trace)
+    wait_until_heard("thawed")
+    wait_until(lambda: (slept := trace.notes("slept")) and PAUSES / 4 < slept[-1]["number"] < PAUSES / 2)
+    with stopped(trace.notes("slept")[-1]["pid"]):
+        time.sleep(FROZEN_S)
+    assert ray.get(ref, timeout=WAIT_S) == expected(8)
+    assert attempts(trace) == {1}
+    assert records(run, "in_short_sleeps", "thawed")[-1].failures == ()
+    slept = trace.notes("slept")
+    before, after = max(pairwise(slept), key=lambda two: two[1]["time"] - two[0]["time"])
+    assert after["time"] - before["time"] > STALL_S
+    assert before["batch"] == after["batch"], "it was frozen inside of a batch"
