@@ -6,6 +6,8 @@ import contextlib
 import os
 import re
 import signal
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from itertools import pairwise
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.ray
 WAIT_S = 90
 INTERVAL_S, TIMEOUT_S = 0.2, 1.5
+REPOSITORY = Path(__file__).parents[1]
 
 
 @contextlib.contextmanager
@@ -48,7 +51,8 @@ def stopped(pid: int) -> Iterator[None]:
     try:
         yield
     finally:
-        os.kill(pid, signal.SIGCONT)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)
 
 
 def state_of(worker: str) -> Any:
@@ -238,6 +242,57 @@ def test_a_stopped_worker_is_replaced(start_run: StartRun, trace: Trace, ray_clu
     assert attempts(trace) == {1, 2}
     assert [failure.cause for failure in records(run, "steps", "replaced")[-1].failures] == ["stopped"]
     assert len(wait_until(lambda: told(ray_cluster, "'steps/replaced' attempt 1 was stopped by a signal; its process is ended"))) == 1
+
+
+HOLDING_DRIVER = """
+import sys, time
+import ray, faultguard
+from tests.tasks import Trace, wait_until_heard
+address, directory, interval_s, timeout_s = sys.argv[1:]
+ray.init(address=address, log_to_driver=False)
+trace = Trace(directory + "/trace")
+with (
+    faultguard.init(checkpoint_dir=directory, heartbeat_interval=float(interval_s), heartbeat_timeout=float(timeout_s)),
+    faultguard.checkpointed("held", every=1, stall_timeout=60) as ckpt,
+):
+    for batch in ckpt.batches(range(10**6)):
+        if batch == 0:
+            wait_until_heard("held")
+        trace.note("batch", "held", attempt=ckpt.attempt, batch=batch)
+        time.sleep(0.05)
+        if trace.notes("go"):
+            break
+"""
+
+
+@contextlib.contextmanager
+def holding_driver(directory: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A driver of this cluster with a worker of its own; it is ended with the block."""
+    address = ray.get_runtime_context().gcs_address
+    command = [sys.executable, "-c", HOLDING_DRIVER, address, str(directory), str(INTERVAL_S), str(TIMEOUT_S)]
+    driver = subprocess.Popen(command, cwd=REPOSITORY)
+    try:
+        yield driver
+    finally:
+        driver.kill()
+        driver.wait(WAIT_S)
+
+
+def test_a_stopped_driver_is_not_ended(trace: Trace, tmp_path: Path, ray_cluster: str) -> None:
+    """As after Ctrl-Z: nothing would replace it. That is told once, and it goes on where it stood."""
+    with holding_driver(tmp_path) as driver:
+        wait_until(lambda: any(note["batch"] >= 3 for note in trace.notes("batch")))
+        with stopped(driver.pid):
+            wait_until(lambda: told(ray_cluster, "/held' attempt 1 is stopped by a signal"))
+            time.sleep(3 * TIMEOUT_S)
+            assert driver.poll() is None
+            newest = trace.notes("batch")[-1]["batch"]
+        wait_until(lambda: trace.notes("batch")[-1]["batch"] > newest)
+        trace.note("go", "test")
+        assert driver.wait(WAIT_S) == 0
+    assert attempts(trace) == {1}
+    (line,) = told(ray_cluster, "/held' attempt 1 is stopped by a signal")
+    assert "its process is left alone" in line
 
 
 def test_a_stopped_worker_is_replaced_also_if_its_manager_dies(start_run: StartRun, trace: Trace) -> None:
