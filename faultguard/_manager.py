@@ -337,13 +337,8 @@ _FOUND = {
     None: "is on a node that does not answer; Ray decides about that",
 }
 _QUIET = {Verdict.ALIVE, Verdict.GONE}
-_UNDECIDED = {
-    Verdict.BUSY,
-    Verdict.STOPPED,
-    Verdict.LEFT_STOPPED,
-    Verdict.TRACED,
-    None,
-}  # it may be healthy: Ray says when its node is lost
+# It may be healthy: Ray says when its node is lost.
+_UNDECIDED = {Verdict.BUSY, Verdict.STOPPED, Verdict.LEFT_STOPPED, Verdict.TRACED, None}
 
 
 def _say_silent(beat: Mapping[str, Any]) -> None:
