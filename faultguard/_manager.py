@@ -324,6 +324,7 @@ _FOUND = {
     Verdict.GONE: "is not held by its process any more",
     Verdict.BUSY: "stands still, and may have a reason, such as C code that holds the interpreter; with stall_timeout=... that would end",
     Verdict.STOPPED: "is stopped by a signal; if that lasts for heartbeat_timeout, its process is ended",
+    Verdict.LEFT_STOPPED: "is stopped by a signal; its process is left alone, because it is a driver or hosts other work",
     Verdict.TRACED: "stands still in a debugger",
     Verdict.UNKNOWN: "cannot be seen from its node",
     Verdict.KILL_STOPPED: "was stopped by a signal; its process is ended, and Ray starts anew",
@@ -331,7 +332,8 @@ _FOUND = {
     None: "is on a node that does not answer; Ray decides about that",
 }
 _QUIET = {Verdict.ALIVE, Verdict.GONE}
-_UNDECIDED = {Verdict.BUSY, Verdict.STOPPED, Verdict.TRACED, None}  # it may be healthy: Ray says when its node is lost
+# It may be healthy: Ray says when its node is lost.
+_UNDECIDED = {Verdict.BUSY, Verdict.STOPPED, Verdict.LEFT_STOPPED, Verdict.TRACED, None}
 
 
 def _say_silent(beat: Mapping[str, Any]) -> None:

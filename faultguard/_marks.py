@@ -29,13 +29,13 @@ _folder: Path | None = None
 _said = False
 
 
-def write(workers: Iterable[Held], kill_after_s: float | None) -> None:
+def write(workers: Iterable[Held], kill_after_s: float | None, *, hosts_others: bool = False) -> None:
     """Mark the file of this process, now. What fails is told once, and leaves no file that says too much."""
     global _said  # noqa: PLW0603 - one thread writes at a time
     if not _ray.is_ready():  # nobody can look
         return
     me = this_process()
-    mark = Mark(me.boot_id, time.monotonic(), tuple(workers), kill_after_s)
+    mark = Mark(me.boot_id, time.monotonic(), tuple(workers), kill_after_s, hosts_others)
     path = _path(me)
     try:
         _replace(path, msgspec.json.encode(mark))

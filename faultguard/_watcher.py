@@ -93,7 +93,8 @@ def mark(worker: Watched | None = None) -> None:
         workers = [client.worker for client in _clients.values() if client.marked]
         if workers:
             _mark_at = time.monotonic() + min(worker.mark_every_s for worker in workers)
-            _marks.write((worker.held for worker in workers), _kill_after_s(workers))
+            hosts_others = any(worker.hosts_others() for worker in workers)
+            _marks.write((worker.held for worker in workers), _kill_after_s(workers), hosts_others=hosts_others)
         else:
             _mark_at = math.inf
             _marks.erase()
@@ -110,7 +111,7 @@ def _kill_after_s(workers: list[Watched]) -> float | None:
     """How long the process may stand still before it may be ended from outside: as long as its watcher would wait, if it could run."""
     timeouts = [worker.guard.timing() for worker in workers]
     timed = [seconds for seconds in timeouts if seconds is not None]
-    if not timed or math.inf in timed or any(worker.hosts_others() for worker in workers):
+    if not timed or math.inf in timed:
         return None
     return max(seconds + min(seconds, GRACE_S) for seconds in timed)
 

@@ -16,7 +16,7 @@ import ray
 
 import faultguard
 from faultguard._doctor import examine
-from tests.nodes import WORK, Nodes, alive, doctor, some_nodes
+from tests.nodes import WORK, alive, doctor, some_nodes
 from tests.tasks import NOWAIT, Trace, expected, records, result, wait_until
 
 INTERVAL_S = 1.0
@@ -74,25 +74,25 @@ def main(directory: str, what: str) -> None:
             nodes.add()
             trace.note("thawed 1", "driver")
             trace.note("thawed 2", "driver")
-        replaced_s, stopped_s = [], []
+        replaced_s, released_s = [], []
         for attempt, batch in FROZEN_AT.items() if what == "nodes" else ():
             wait_until(lambda attempt=attempt, batch=batch: reached(trace, attempt, batch), WAIT_S)
             if attempt == LAST - 1:
-                stopped_s.append(thaw(nodes, ice, 1, trace))
+                released_s.append(thaw(ice, 1, trace))
             ice[attempt] = nodes.frozen(node, *pids(trace, attempt))
             ice[attempt].__enter__()
             frozen = time.monotonic()
             node = nodes.add()
             wait_until(lambda attempt=attempt: len(pids(trace, attempt + 1)) == len(WORKERS), WAIT_S)
             replaced_s.append(round(time.monotonic() - frozen, 1))
-        stopped_s += [thaw(nodes, ice, attempt, trace) for attempt in sorted(ice)]
+        released_s += [thaw(ice, attempt, trace) for attempt in sorted(ice)]
         results = ray.get(refs, timeout=WAIT_S)
         problems = [str(finding) for finding in examine(run.checkpoint_dir) if not finding.ok]
         ends = [records(run, "works", worker)[-1] for worker in WORKERS]
         seen = {
             "exact": results == [expected(BATCHES)] * len(WORKERS),
             "replaced_s": replaced_s,
-            "stopped_s": stopped_s,
+            "released_s": released_s,
             "attempts": [end.attempt for end in ends],
             "causes": [[failure.cause for failure in end.failures] for end in ends],
             "problems": problems,
@@ -103,19 +103,24 @@ def main(directory: str, what: str) -> None:
     print(json.dumps(seen))
 
 
-def thaw(nodes: Nodes, ice: dict[int, Any], attempt: int, trace: Trace) -> float:
-    """Let an attempt go on, and wait until it has found out that it has a successor, or its process is gone; says how long that took."""
-    trace.note(f"thawed {attempt}", "driver")
-    ice.pop(attempt).__exit__(None, None, None)
-    thawed = time.monotonic()
+def thaw(ice: dict[int, Any], attempt: int, trace: Trace) -> float:
+    """Let an attempt go on, and wait until its processes do not work for it any more; says how long that took."""
     mine = pids(trace, attempt)
-    wait_until(lambda: {note["pid"] for note in trace.notes("superseded")} >= set(mine) or not any(is_there(pid) for pid in mine), WAIT_S)
+    assert not any(is_released(pid) for pid in mine), "they are frozen in their task"
+    trace.note(f"thawed {attempt}", "driver")
+    thawed = time.monotonic()
+    ice.pop(attempt).__exit__(None, None, None)
+    wait_until(lambda: all(is_released(pid) for pid in mine), WAIT_S)
     return round(time.monotonic() - thawed, 1)
 
 
-def is_there(pid: int) -> bool:
-    """Whether the process exists."""
-    return Path(f"/proc/{pid}").exists()
+def is_released(pid: int) -> bool:
+    """Whether a process is gone, or does something else by now: Ray shows in its title what it runs."""
+    try:
+        title = Path(f"/proc/{pid}/cmdline").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+    return not title.startswith(b"ray::works")
 
 
 if __name__ == "__main__":

@@ -77,6 +77,17 @@ def wait_until(condition: Any, timeout_s: float = 90.0) -> Any:
     return answer
 
 
+def wait_until_heard(worker: str) -> None:
+    """Until the manager has a beat of it."""
+    wait_until(lambda: worker in {beat["worker_id"] for beat in ray.get(faultguard.manager().live_workers.remote(), timeout=90)})
+
+
+def told(session: str, part: str) -> list[str]:
+    """Lines that the manager of a cluster, or a worker, has said."""
+    logs = [log for kind in ("worker-*.err", "python-core-worker-*.log") for log in (Path(session) / "session_latest" / "logs").glob(kind)]
+    return [line for log in logs for line in log.read_text(errors="replace").splitlines() if part in line]
+
+
 def hang(seconds: float = 90.0) -> None:
     """Wait in Python, where an exception can arrive."""
     deadline = time.monotonic() + seconds
@@ -188,6 +199,9 @@ def loop_in_c(worker_id: str, kind: str, seconds: float, trace: Trace) -> Any:
                     wait_until(lambda: trace.notes("go"))
             if kind == "burn":
                 hold_the_interpreter(seconds)
+            elif kind == "burn untimed":
+                with ckpt.section("burn", timeout=None):
+                    hold_the_interpreter(seconds)
             else:
                 ctypes.PyDLL(None).sleep(int(seconds))
     return result(ckpt)

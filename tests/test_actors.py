@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import os
 import signal
 import time
@@ -13,7 +14,7 @@ import pytest
 import ray
 
 import faultguard
-from tests.tasks import Trace, assert_never_behind, die, expected, records, result, wait_until, work
+from tests.tasks import Trace, assert_never_behind, die, expected, records, result, told, wait_until, wait_until_heard, work
 
 if TYPE_CHECKING:
     from ray import ObjectRef
@@ -248,6 +249,46 @@ def test_methods_of_a_threaded_actor_run_beside_one_another(run: faultguard.Run,
     assert get([refs[0], actor.load.remote("w1", 40, trace, {7: "exception"})]) == [expected(40)] * 2
     assert trace.begins("w0") == [0]
     assert trace.begins("w1") == [0, 7]
+    ray.kill(actor)
+
+
+HELD_S = 15  # a probe would end a process alone after some seven seconds
+
+
+def make_pair() -> Any:
+    """A threaded actor whose methods have a `stall_timeout`."""
+
+    class Pair:
+        """When the test says "go", one of two workers holds the interpreter, and with it the other one."""
+
+        def work(self, worker_id: str, trace: Trace) -> int:
+            """In a loop, until that is over."""
+            with faultguard.checkpointed(worker_id, every=1, stall_timeout=1) as ckpt:
+                for batch in ckpt.batches(range(10**6)):
+                    trace.note("batch", worker_id, attempt=ckpt.attempt, batch=batch)
+                    if worker_id == "holds" and trace.notes("go"):
+                        ctypes.PyDLL(None).sleep(HELD_S)
+                        trace.note("over", worker_id)
+                    if trace.notes("over"):
+                        break
+                    time.sleep(0.05)
+                return ckpt.attempt
+
+    made: Any = ray.remote(Pair)
+    return made.options(num_cpus=0.5, max_concurrency=2).remote()
+
+
+def test_a_process_that_hosts_others_is_not_ended_from_outside(start_run: StartRun, trace: Trace, ray_cluster: str) -> None:
+    """One of two workers holds the interpreter past every limit: the other one has done nothing, and would be lost with it."""
+    start_run(heartbeat_interval=0.2, heartbeat_timeout=1.5)
+    actor = make_pair()
+    refs = [actor.work.remote("holds", trace), actor.work.remote("beside", trace)]
+    wait_until_heard("holds")
+    wait_until_heard("beside")
+    trace.note("go", "test")
+    assert get(refs) == [1, 1]
+    assert len({note["pid"] for note in trace.notes("batch")}) == 1
+    assert told(ray_cluster, "'Pair.work/holds' attempt 1 stands still")
     ray.kill(actor)
 
 

@@ -48,6 +48,13 @@ def test_a_lock_is_seen_from_below() -> None:
     assert max(map(len, seen.splitlines())) <= _native.MAX_LINE
 
 
+def test_a_record_holds_so_much() -> None:
+    """8192 characters of stacks, as documented; what is cut shows that it was."""
+    long = "x" * 8193
+    assert _native.cut(long[1:]) == long[1:]
+    assert (len(_native.cut(long)), _native.cut(long)[-4:]) == (8192, "\n...")
+
+
 def test_without_the_tool(monkeypatch: pytest.MonkeyPatch) -> None:
     """There are none, and that is all."""
     monkeypatch.setattr(shutil, "which", lambda *_, **__: None)

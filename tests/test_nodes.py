@@ -27,7 +27,9 @@ pytestmark = pytest.mark.ray
 WAIT_S = 90
 INTERVAL_S = 0.5
 REPOSITORY = Path(__file__).parents[1]
-TWO_HEARTBEATS = 2 * FROZEN_INTERVAL_S / BATCH_S  # in batches of the test
+TWO_HEARTBEATS_S = 2 * FROZEN_INTERVAL_S
+SLACK_S = 4.0  # for the scheduling of three processes on a busy machine: who has thawed, its manager, and whoever notes it
+DEFAULT_S = 440  # what Ray takes without our settings
 
 
 # --- with Ray as it comes -------------------------------------------------------------------------------------------
@@ -167,16 +169,21 @@ def test_frozen_nodes_are_replaced(frozen: dict[str, Any]) -> None:
     assert frozen["attempts"] == [4, 4]
     assert frozen["causes"] == [["crash"] * 3] * 2
     assert frozen["ends"] == [1, 1]
+    assert max(frozen["replaced_s"]) < DEFAULT_S / 10
 
 
 def test_zombies_stop_by_themselves(frozen: dict[str, Any]) -> None:
-    """Each finds out, also the one that saves nothing for an hour: within as many batches as two heartbeats have time for."""
+    """Each finds out, also the one that saves nothing for an hour: within two heartbeats of the thaw; then its process is free."""
     stopped = {(note["worker"], note["attempt"]) for note in frozen["notes"] if note["what"] == "superseded"}
     assert stopped == {(worker, attempt) for worker in ("saves", "beats") for attempt in (1, 2, 3)}
     for worker, attempt in stopped:
         thawed = next(note["time"] for note in frozen["notes"] if note["what"] == f"thawed {attempt}")
-        mine = [note for note in frozen["notes"] if (note["what"], note["worker"], note.get("attempt")) == ("batch", worker, attempt)]
-        assert sum(note["time"] > thawed for note in mine) <= TWO_HEARTBEATS
+        mine = [note for note in frozen["notes"] if (note["worker"], note.get("attempt")) == (worker, attempt)]
+        assert sum(note["what"] == "batch" and note["time"] > thawed for note in mine) <= TWO_HEARTBEATS_S / BATCH_S
+        (told,) = [note["time"] - thawed for note in mine if note["what"] == "superseded"]
+        assert told <= TWO_HEARTBEATS_S + SLACK_S
+    assert len(frozen["released_s"]) == 3
+    assert max(frozen["released_s"]) <= TWO_HEARTBEATS_S + 2 * SLACK_S
 
 
 def test_the_doctor_is_content(frozen: dict[str, Any]) -> None:

@@ -248,3 +248,18 @@ def test_stopped_for_less_than_the_timeout_is_no_end() -> None:
 
     assert judge(MINE, stopped(500.0), stopped(559.0), 60.0) is Verdict.STOPPED
     assert judge(MINE, stopped(500.0), stopped(561.0), 60.0) is Verdict.KILL_STOPPED
+
+
+@pytest.mark.parametrize("kill_after_s", [None, 2.0])
+def test_who_hosts_others_is_never_ended(kill_after_s: float | None) -> None:
+    """Nor a driver: nothing would replace it, however long it is stopped, and others would be lost with it."""
+    mark = Mark("boot", 100.0, (MINE,), kill_after_s, hosts_others=True)
+
+    def look(now: float, *, stopped: bool) -> Look:
+        return Look(now, exists=True, stopped=stopped, mark=mark)
+
+    for until in (501.0, 561.0, 10_000.0):
+        assert judge(MINE, look(500.0, stopped=True), look(until, stopped=True), 60.0) is Verdict.LEFT_STOPPED
+        assert judge(MINE, look(500.0, stopped=False), look(until, stopped=True), 60.0) is Verdict.LEFT_STOPPED
+        assert judge(MINE, look(500.0, stopped=False), look(until, stopped=False), 60.0) is Verdict.BUSY
+    assert not Verdict.LEFT_STOPPED.kills

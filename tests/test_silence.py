@@ -6,8 +6,11 @@ import contextlib
 import os
 import re
 import signal
+import subprocess
+import sys
 import time
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +20,18 @@ import ray
 import faultguard
 from faultguard._core.names import encode_name
 from tests.needs import require_a_look_at_parents
-from tests.tasks import NOWAIT, Trace, expected, loop_in_c, manager_pid, records, result, wait_until
+from tests.tasks import (
+    NOWAIT,
+    Trace,
+    expected,
+    loop_in_c,
+    manager_pid,
+    records,
+    result,
+    told,
+    wait_until,
+    wait_until_heard,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -27,6 +41,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.ray
 WAIT_S = 90
 INTERVAL_S, TIMEOUT_S = 0.2, 1.5
+REPOSITORY = Path(__file__).parents[1]
 
 
 @contextlib.contextmanager
@@ -36,7 +51,8 @@ def stopped(pid: int) -> Iterator[None]:
     try:
         yield
     finally:
-        os.kill(pid, signal.SIGCONT)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)
 
 
 def state_of(worker: str) -> Any:
@@ -48,11 +64,6 @@ def is_silent(worker: str) -> bool:
     """Whether it is marked so."""
     state = state_of(worker)
     return state is not None and state.silent
-
-
-def wait_until_heard(worker: str) -> None:
-    """Until the manager has a beat of it."""
-    wait_until(lambda: worker in {beat["worker_id"] for beat in ray.get(faultguard.manager().live_workers.remote(), timeout=WAIT_S)})
 
 
 @faultguard.recoverable(every=1, backoff=NOWAIT)
@@ -215,12 +226,6 @@ def test_a_store_that_hangs_makes_no_worker_look_dead(start_run: StartRun, trace
 # --- probes ---------------------------------------------------------------------------------------------------------
 
 
-def told(session: str, part: str) -> list[str]:
-    """Lines that the manager, or a worker, has said."""
-    logs = [log for kind in ("worker-*.err", "python-core-worker-*.log") for log in (Path(session) / "session_latest" / "logs").glob(kind)]
-    return [line for log in logs for line in log.read_text(errors="replace").splitlines() if part in line]
-
-
 def attempts(trace: Trace) -> set[int]:
     """Of the worker of a test."""
     return {note["attempt"] for note in trace.notes("batch")}
@@ -237,6 +242,57 @@ def test_a_stopped_worker_is_replaced(start_run: StartRun, trace: Trace, ray_clu
     assert attempts(trace) == {1, 2}
     assert [failure.cause for failure in records(run, "steps", "replaced")[-1].failures] == ["stopped"]
     assert len(wait_until(lambda: told(ray_cluster, "'steps/replaced' attempt 1 was stopped by a signal; its process is ended"))) == 1
+
+
+HOLDING_DRIVER = """
+import sys, time
+import ray, faultguard
+from tests.tasks import Trace, wait_until_heard
+address, directory, interval_s, timeout_s = sys.argv[1:]
+ray.init(address=address, log_to_driver=False)
+trace = Trace(directory + "/trace")
+with (
+    faultguard.init(checkpoint_dir=directory, heartbeat_interval=float(interval_s), heartbeat_timeout=float(timeout_s)),
+    faultguard.checkpointed("held", every=1, stall_timeout=60) as ckpt,
+):
+    for batch in ckpt.batches(range(10**6)):
+        if batch == 0:
+            wait_until_heard("held")
+        trace.note("batch", "held", attempt=ckpt.attempt, batch=batch)
+        time.sleep(0.05)
+        if trace.notes("go"):
+            break
+"""
+
+
+@contextlib.contextmanager
+def holding_driver(directory: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A driver of this cluster with a worker of its own; it is ended with the block."""
+    address = ray.get_runtime_context().gcs_address
+    command = [sys.executable, "-c", HOLDING_DRIVER, address, str(directory), str(INTERVAL_S), str(TIMEOUT_S)]
+    driver = subprocess.Popen(command, cwd=REPOSITORY)
+    try:
+        yield driver
+    finally:
+        driver.kill()
+        driver.wait(WAIT_S)
+
+
+def test_a_stopped_driver_is_not_ended(trace: Trace, tmp_path: Path, ray_cluster: str) -> None:
+    """As after Ctrl-Z: nothing would replace it. That is told once, and it goes on where it stood."""
+    with holding_driver(tmp_path) as driver:
+        wait_until(lambda: any(note["batch"] >= 3 for note in trace.notes("batch")))
+        with stopped(driver.pid):
+            wait_until(lambda: told(ray_cluster, "/held' attempt 1 is stopped by a signal"))
+            time.sleep(3 * TIMEOUT_S)
+            assert driver.poll() is None
+            newest = trace.notes("batch")[-1]["batch"]
+        wait_until(lambda: trace.notes("batch")[-1]["batch"] > newest)
+        trace.note("go", "test")
+        assert driver.wait(WAIT_S) == 0
+    assert attempts(trace) == {1}
+    (line,) = told(ray_cluster, "/held' attempt 1 is stopped by a signal")
+    assert "its process is left alone" in line
 
 
 def test_a_stopped_worker_is_replaced_also_if_its_manager_dies(start_run: StartRun, trace: Trace) -> None:
@@ -294,6 +350,17 @@ def test_c_code_that_holds_the_interpreter_is_left_alone(start_run: StartRun, tr
     assert attempts(trace) == {1}
     assert told(ray_cluster, "'in_c/burns' attempt 1 is silent")
     assert len(told(ray_cluster, "'in_c/burns' attempt 1 stands still")) <= 1, "once, however often it is looked at"
+
+
+def test_a_section_without_a_limit_may_hold_the_interpreter(start_run: StartRun, trace: Trace, ray_cluster: str) -> None:
+    """The timeout of its task does not hold in there, for nobody: the process says so on its node before it begins."""
+    start_run(heartbeat_interval=INTERVAL_S, heartbeat_timeout=TIMEOUT_S)
+    ref = in_c_with_timeout.remote("untimed", "burn untimed", 15, trace)
+    wait_until_heard("untimed")
+    trace.note("go", "untimed")
+    assert ray.get(ref, timeout=WAIT_S) == expected(6)
+    assert attempts(trace) == {1}
+    assert told(ray_cluster, "'in_c_with_timeout/untimed' attempt 1 stands still, and may have a reason")
 
 
 @pytest.mark.parametrize("kind", ["hang", "hang twice"])
@@ -377,3 +444,38 @@ def test_frozen_and_thawed_within_the_timeout(start_run: StartRun, trace: Trace)
         time.sleep(2 * INTERVAL_S)
     assert ray.get(ref, timeout=WAIT_S) == expected(30)
     assert attempts(trace) == {1}
+
+
+STALL_S, FROZEN_S, PAUSE_S, PAUSES = 2.5, 3.0, 0.05, 20
+
+
+@faultguard.recoverable(every=1, max_failures=0, stall_timeout=STALL_S)
+@ray.remote(num_cpus=0.5)
+def in_short_sleeps(worker_id: str, n: int, trace: Trace) -> Any:
+    """Batches of many short sleeps, of which none comes near to the timeout."""
+    ckpt = faultguard.current()
+    for batch in ckpt.batches(range(n)):
+        trace.note("batch", worker_id, attempt=ckpt.attempt, batch=batch)
+        for number in range(PAUSES):
+            time.sleep(PAUSE_S)
+            trace.note("slept", worker_id, batch=batch, number=number)
+        ckpt.state["sum"] = ckpt.state.get("sum", 0) + batch
+        ckpt.state.setdefault("seen", []).append(batch)
+    return result(ckpt)
+
+
+def test_a_thawed_process_does_not_strike_its_own_worker(start_run: StartRun, trace: Trace) -> None:
+    """Frozen in the middle of a batch for longer than its `stall_timeout`: its own absence is nobody's stall."""
+    run = start_run(heartbeat_interval=INTERVAL_S, heartbeat_timeout=2 * FROZEN_S)
+    ref = in_short_sleeps.remote("thawed", 8, trace)
+    wait_until_heard("thawed")
+    wait_until(lambda: (slept := trace.notes("slept")) and PAUSES / 4 < slept[-1]["number"] < PAUSES / 2)
+    with stopped(trace.notes("slept")[-1]["pid"]):
+        time.sleep(FROZEN_S)
+    assert ray.get(ref, timeout=WAIT_S) == expected(8)
+    assert attempts(trace) == {1}
+    assert records(run, "in_short_sleeps", "thawed")[-1].failures == ()
+    slept = trace.notes("slept")
+    before, after = max(pairwise(slept), key=lambda two: two[1]["time"] - two[0]["time"])
+    assert after["time"] - before["time"] > STALL_S
+    assert before["batch"] == after["batch"], "it was frozen inside of a batch"

@@ -17,14 +17,15 @@ import pytest
 import ray
 
 import faultguard
-from faultguard import StalledError, _attempt, _ray, _watcher, _worker
+from faultguard import StalledError, _attempt, _native, _ray, _watcher, _worker
 from faultguard._core import stall
 from faultguard._journal import Journal
 from faultguard._log import StoredLog
 from faultguard._settings import Settings
 from faultguard.storage import open_store, store_id
+from tests.conftest import CPUS
 from tests.needs import require_a_look_at_parents
-from tests.tasks import NOWAIT, Trace, assert_whole, hang, records, wait_until
+from tests.tasks import NOWAIT, Trace, assert_whole, hang, records, told, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -33,10 +34,12 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from faultguard._stall import StallGuard
+    from tests.conftest import StartRun
 
 WAIT_S = 90
 SHORT_S = 0.4  # a timeout of tests without a cluster
 ROUNDS = 80
+EDGE_ROUNDS = 64
 
 
 @pytest.fixture
@@ -107,6 +110,33 @@ def test_its_note_names_it(settings: Settings, monkeypatch: pytest.MonkeyPatch, 
     assert record is not None
     assert record.ended is not None
     assert (record.ended.cause, record.failures[-1].cause) == ("stall", "stall")
+
+
+def test_the_failure_has_the_stack_of_every_thread(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not only of the one that hangs: what it waits for may be in another one."""
+    monkeypatch.setattr(_native, "MAX_STACKS", 10**6)  # pytest alone takes most of it
+    enough = threading.Event()
+
+    def waits_beside() -> None:
+        enough.wait(WAIT_S)
+
+    beside = threading.Thread(target=waits_beside, name="beside")
+    beside.start()
+    failures: list[Any] = []
+
+    def count() -> int:
+        failures.extend(faultguard.current().failures)
+        return hangs_once()
+
+    try:
+        assert execute(settings, count) == 15
+    finally:
+        enough.set()
+        beside.join(WAIT_S)
+    python = failures[0].stacks.partition("py-spy: ")[0]
+    stacks = {stack.partition(":\n")[0]: stack for stack in python.split("Thread ")[1:]}
+    assert "in waits_beside" in stacks["beside"]
+    assert "in hang" in stacks["MainThread"]
 
 
 def test_it_is_retried_whatever_is_retried(settings: Settings) -> None:
@@ -498,12 +528,77 @@ def test_hung_in_python(run: faultguard.Run, trace: Trace) -> None:
     assert len({note["pid"] for note in trace.notes("batch")}) == 1
 
 
+EDGE_S = 0.15
+
+
+@faultguard.recoverable(every=1, max_failures=0, stall_timeout=EDGE_S)
+@ray.remote(num_cpus=CPUS)
+def on_the_edge(worker_id: str, seconds: float, trace: Trace) -> list[str]:
+    """Its last batch takes about as long as it may; before and after it there is Python in which an exception could arrive."""
+    trace.note("task", worker_id)
+    ckpt = faultguard.current()
+    for batch in ckpt.batches(range(2)):
+        ckpt.state.setdefault("seen", []).append(f"{worker_id}/{batch}")
+        if batch == 1:
+            hang(seconds)
+    for _ in range(200):
+        sum(range(2000))
+    return list(ckpt.state["seen"])
+
+
+@pytest.mark.ray
+def test_a_stall_never_reaches_the_next_task_of_a_process(run: faultguard.Run, trace: Trace) -> None:
+    """Of many tasks of one process whose last batch ends as they are being struck, each is whole, or is itself charged."""
+    workers = [f"w{number:03d}" for number in range(EDGE_ROUNDS)]
+    edges = [EDGE_S + 0.03 * (number % 16) for number in range(EDGE_ROUNDS)]  # a look at the stacks takes some tenths of a second
+    edges[7::16] = [WAIT_S] * len(edges[7::16])  # who does not come back is struck for sure
+    refs = [on_the_edge.remote(worker, seconds, trace) for worker, seconds in zip(workers, edges, strict=True)]
+    stalled = 0
+    for worker, ref in zip(workers, refs, strict=True):
+        try:
+            assert ray.get(ref, timeout=WAIT_S) == [f"{worker}/0", f"{worker}/1"]
+        except StalledError as error:
+            stalled += 1
+            (failure,) = cast("Any", error).failures
+            assert (failure.cause, failure.batch) == ("stall", 1)
+            assert f"'on_the_edge/{worker}' attempt 1 has made no progress" in failure.message
+    assert 0 < stalled < EDGE_ROUNDS
+    tasks = trace.notes("task")
+    assert [note["worker"] for note in tasks] == workers, "each ran once"
+    assert len({note["pid"] for note in tasks}) == 1
+
+
 @faultguard.recoverable(max_failures=0, stall_timeout=0.5)
 @ray.remote(num_cpus=0.5)
 def hangs() -> None:
     """Always."""
     for _ in faultguard.batches(range(2)):
         hang()
+
+
+@faultguard.recoverable(every=1)
+@ray.remote(num_cpus=0.5)
+def slow(worker_id: str, seconds: float) -> int:
+    """Two long batches after a short one; there what is suspiciously long is so at once."""
+    from faultguard._core import stall
+
+    ckpt, usual_s = faultguard.current(), stall.SLOW_S
+    stall.SLOW_S = seconds / 5
+    try:
+        for batch in ckpt.batches(range(3)):
+            hang(seconds if batch else 0.01)
+    finally:
+        stall.SLOW_S = usual_s
+    return ckpt.attempt
+
+
+@pytest.mark.ray
+def test_a_long_batch_of_a_task_is_told_once(start_run: StartRun, ray_cluster: str) -> None:
+    """Without a timeout nothing is raised; its process watches it by itself when it beats for the first time."""
+    start_run(heartbeat_interval=0.2)
+    assert ray.get(slow.remote("long", 3.0), timeout=WAIT_S) == 1
+    (line,) = wait_until(lambda: told(ray_cluster, "'slow/long' attempt 1 has made no progress for"))
+    assert "in batch 1 of 3, much longer than before. Nothing is done about it; with stall_timeout=..." in line
 
 
 @pytest.mark.ray

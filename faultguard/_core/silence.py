@@ -1,7 +1,8 @@
 """What is done about a process that the manager hears nothing of: decided from what can be seen of it on its own node.
 
 Nothing healthy may die of it. A process is ended only if it stands still as a whole: somebody has stopped it, or it says that
-its worker has a `stall_timeout`, which its own watcher would have enforced if it could run. Anything else is told, and left alone.
+its worker has a `stall_timeout`, which its own watcher would have enforced if it could run. Anything else is told, and left alone;
+so is, whatever it does, a driver, which nothing would replace, and a process with which other work would be lost.
 """
 
 from __future__ import annotations
@@ -32,12 +33,14 @@ class Mark(msgspec.Struct, frozen=True):
         stamp: when, in monotonic seconds of the host.
         workers: what it holds.
         kill_after_s: how long all of it may stand still, and run, before it may be ended; None: it may not.
+        hosts_others: it is a driver, or other work than that of one task runs in it: it may not be ended at all.
     """
 
     boot_id: str
     stamp: float
     workers: tuple[Held, ...]
     kill_after_s: float | None = None
+    hosts_others: bool = False
 
 
 class Verdict(enum.Enum):
@@ -47,6 +50,7 @@ class Verdict(enum.Enum):
     GONE = "gone"  # it has ended, or holds another worker now: Ray, or nobody, has something to do
     BUSY = "busy"  # it stands, and may have a reason, such as C code that holds the interpreter
     STOPPED = "stopped"  # by a signal, and not yet seen so for long enough
+    LEFT_STOPPED = "left alone: it is stopped, and hosts other work"  # or is a driver: whoever stopped it may continue it
     TRACED = "traced"  # a debugger has it
     UNKNOWN = "unknown"  # nothing can be seen from there
     KILL_STOPPED = "killed: it was stopped"
@@ -107,6 +111,8 @@ def judge(worker: Held, first: Look, second: Look, timeout_s: float) -> Verdict:
 
 def _judge_standing(first: Look, second: Look, mark: Mark, timeout_s: float) -> Verdict:
     """By how long it was *seen* as it is now. Not since its mark: it may have worked in C, or been frozen with its whole node."""
+    if mark.hosts_others:
+        return Verdict.LEFT_STOPPED if second.stopped else Verdict.BUSY
     seen_s = second.now - first.now if first.stopped == second.stopped else 0.0
     if second.stopped:
         return Verdict.KILL_STOPPED if seen_s > timeout_s else Verdict.STOPPED
