@@ -62,6 +62,16 @@ def test_the_matrix_names_tests_that_exist() -> None:
     assert not [row for row in rows if "::" not in row]
 
 
+def test_every_fault_says_how_soon() -> None:
+    """Measured or not, no row of the failure model leaves it open; nor has a row more or fewer cells than its head."""
+    tables = [table.splitlines() for table in re.findall(r"(?:^\|.*\n)+", MATRIX.read_text("utf-8"), re.MULTILINE)]
+    faults = [[[cell.strip() for cell in line.split(" |")] for line in table] for table in tables if table[0].startswith("| fault")]
+    assert len(faults) == 5
+    for head, _, *rows in faults:
+        column = head.index("how soon")
+        assert [row for row in rows if len(row) != len(head) or not row[column]] == []
+
+
 def test_the_recommended_settings_are_those_of_the_page() -> None:
     """Who copies them from there gets what `recommended_ray_env` says."""
     page = (ROOT / "docs" / "nodes.md").read_text("utf-8")
