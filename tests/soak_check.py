@@ -41,6 +41,7 @@ KILLED_BY_US = frozenset({"SIGSTOP", "hang with the GIL"})
 BOUNDED = "bounded"
 UNDECORATED = frozenset({"block", "actor"})  # their exceptions are their callers' business
 EXCUSED = frozenset({"terminated", "drained"})
+TOKENS = 10**9  # per driver of a named run; the rest is the number of the claim
 NO_PROGRESS = 3  # an attempt that began no more batches may have saved nothing
 
 
@@ -126,7 +127,9 @@ def _unexplained(
             yield f"{where} ended by {cause!r}, which nobody caused; what took place there: {there}"
         else:
             left.remove(found)
-        begun = sum(note["what"] == "batch" and note["attempt"] == claim.attempt for note in notes)
+        begun = sum(
+            note["what"] == "batch" and (note["attempt"], note["token"] % TOKENS) == (claim.attempt, claim.number) for note in notes
+        )
         charged = (after if end is None else end).charged - claim.charged
         if end is not None and after.charged:
             yield f"{where} was the last of its budget, and the next one begins with {after.charged} charged"
@@ -141,8 +144,8 @@ def _misses(worker: str, notes: Sequence[dict[str, Any]]) -> Iterator[str]:
     ended: set[int] = set()
     for note in notes:
         if note["what"] == "fault" and ENDS[note["kind"]]:
-            ended.add(note["attempt"])
-        elif note["what"] == "batch" and note["attempt"] in ended:
+            ended.add(note["token"])
+        elif note["what"] == "batch" and note["token"] in ended:
             yield f"{worker} attempt {note['attempt']} went on at batch {note['batch']} after its end"
             return
 
@@ -152,15 +155,15 @@ def _behind(worker: str, notes: Sequence[dict[str, Any]]) -> Iterator[str]:
 
     Whenever it was told: a zombie may thaw, and note, after its successor has begun.
     """
-    begins: dict[int, int] = {}
+    begins: dict[int, dict[str, Any]] = {}
     told: dict[int, int] = {}
     for note in notes:
         if note["what"] == "batch":
-            begins.setdefault(note["attempt"], note["batch"])
+            begins.setdefault(note["token"], note)
         durable = note["batch"] if note["what"] == "ack" else note.get("durable", 0)
         if durable:
-            told[note["attempt"]] = max(told.get(note["attempt"], 0), durable)
-    for attempt, begin in begins.items():
-        durable = max((batch for earlier, batch in told.items() if earlier < attempt), default=0)
-        if begin < durable:
-            yield f"{worker} attempt {attempt} began at {begin}; {durable} were durable"
+            told[note["token"]] = max(told.get(note["token"], 0), durable)
+    for token, first in begins.items():
+        durable = max((batch for earlier, batch in told.items() if earlier < token), default=0)
+        if first["batch"] < durable:
+            yield f"{worker} attempt {first['attempt']} began at {first['batch']}; {durable} were durable"

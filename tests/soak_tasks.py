@@ -86,10 +86,11 @@ def work(ckpt: faultguard.Checkpoint, job: Job) -> Any:
     """Go through the batches as the kind of the worker has it. The state is half updated where an order is obeyed."""
     sicken_the_store(job.sickness)
     context = ray.get_runtime_context()
-    job.trace.note("begin", job.worker_id, attempt=ckpt.attempt, node=context.get_node_id())
+    who: dict[str, Any] = {"attempt": ckpt.attempt, "token": ckpt.token}
+    job.trace.note("begin", job.worker_id, node=context.get_node_id(), **who)
     try:
         for drawn, batch in enumerate(KINDS[job.kind].loop(ckpt, job)):
-            job.trace.note("batch", job.worker_id, attempt=ckpt.attempt, batch=batch, **KINDS[job.kind].durable(ckpt))
+            job.trace.note("batch", job.worker_id, batch=batch, **who, **KINDS[job.kind].durable(ckpt))
             ckpt.state["sum"] = ckpt.state.get("sum", 0) + batch
             if drawn:  # the clock of a loop by hand begins with its first `advance`
                 obey(ckpt, job, batch)
@@ -119,7 +120,7 @@ def waiting(ckpt: faultguard.Checkpoint, job: Job) -> Iterator[int]:
         yield batch
         if batch % ACK_EVERY == 0:
             ckpt.advance(wait=True)
-            job.trace.note("ack", job.worker_id, attempt=ckpt.attempt, batch=batch + 1)
+            job.trace.note("ack", job.worker_id, attempt=ckpt.attempt, token=ckpt.token, batch=batch + 1)
 
 
 def by_hand(ckpt: faultguard.Checkpoint, job: Job) -> Iterator[int]:
@@ -211,7 +212,7 @@ def obey(ckpt: faultguard.Checkpoint, job: Job, batch: int) -> None:
         return
     kind = taken.read_text("utf-8")
     taken.unlink()
-    job.trace.note("fault", job.worker_id, attempt=ckpt.attempt, batch=batch, kind=kind)
+    job.trace.note("fault", job.worker_id, attempt=ckpt.attempt, token=ckpt.token, batch=batch, kind=kind)
     ORDERS[kind](ckpt, job)
 
 

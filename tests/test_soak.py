@@ -16,6 +16,7 @@ from tests.soak_check import ENDS, Fault, problems_of
 REPOSITORY = Path(__file__).parents[1]
 NODE = "ab"
 TIMEOUT_S = 280
+TOKENS_OF = {1: 1, 2: 3, 3: 5}  # the claims of `log` and those that follow
 
 
 def record(number: int, kind: str, attempt: int, **fields: Any) -> Record:
@@ -39,7 +40,7 @@ def log(cause: str = "crash", *, charged: int = 1) -> list[Record]:
 def notes(*begins: int, durable: int = 0) -> list[dict[str, Any]]:
     """Five batches of each attempt, from where it began; the first was told that so many were durable."""
     return [
-        {"what": "batch", "attempt": attempt, "batch": batch, "durable": durable if attempt == 1 else 0}
+        {"what": "batch", "attempt": attempt, "token": TOKENS_OF[attempt], "batch": batch, "durable": durable if attempt == 1 else 0}
         for attempt, begin in enumerate(begins, start=1)
         for batch in range(begin, begin + 5)
     ]
@@ -110,14 +111,14 @@ def test_what_was_durable_is_not_behind() -> None:
     """Also where it was told after the successor had begun: that is a zombie whose save was accepted."""
     killed = Fault("SIGKILL", "w1", 1, 101)
     assert "began at 3; 4 were durable" in problems(notes(0, 3, durable=4), log(), killed)[0]
-    thawed = [*notes(0, 3), {"what": "ack", "attempt": 1, "batch": 7}]
+    thawed = [*notes(0, 3), {"what": "ack", "attempt": 1, "token": 1, "batch": 7}]
     assert "began at 3; 7 were durable" in problems(thawed, log(), killed)[0]
 
 
 def test_what_should_have_ended_must_not_go_on() -> None:
     """An attempt that was told to die has no further batch."""
     trace = notes(0, 3)
-    trace.insert(2, {"what": "fault", "attempt": 1, "batch": 1, "kind": "exit"})
+    trace.insert(2, {"what": "fault", "attempt": 1, "token": 1, "batch": 1, "kind": "exit"})
     assert "went on at batch 2" in problems(trace, log())[0]
 
 
