@@ -25,6 +25,7 @@ __all__ = ["frozen", "killed"]
 
 BATCH_S = 0.05
 TIMEOUT_S = 900
+PAUSE_S = 1.0  # that the live attempt may make while the frozen one thaws: one heartbeat
 
 
 # --- killed, again and again ----------------------------------------------------------------------------------------
@@ -81,13 +82,20 @@ def frozen(bench: Bench) -> Measured:
     found = [_freeze(bench, index) for index in range(rounds)]
     worst = max(found, key=lambda one: float(one["ours_s"]))
     total, ours = (", ".join(f"{one[key]:.2f}" for one in found) for key in ("total_s", "ours_s"))
-    pauses = [1e3 * worst[key] for key in ("pause_before_s", "pause_after_s")]
     details = (
         f"node frozen → first batch of the next attempt {total} s (Ray's defaults: 440 s); of it ours {ours} s, imports included",
         f"after the thaw the old attempts tried to save {sum(one['tried'] for one in found)} times, and 0 were accepted",
-        f"the live one: longest pause between batches {pauses[0]:.0f} ms before the thaw, {pauses[1]:.0f} ms after",
+        _live(max(found, key=lambda one: float(one["pause_after_s"]))),
     )
     return Measured(float(worst["ours_s"]), details)
+
+
+def _live(one: dict[str, Any]) -> str:
+    """How the live attempt fared. Had it been superseded, or its process been ended, a heartbeat at least would have gone by."""
+    before_s, after_s = one["pause_before_s"], one["pause_after_s"]
+    verdict = "undisturbed" if after_s <= max(before_s, PAUSE_S) else "DISTURBED"
+    pauses = f"{1e3 * before_s:.0f} ms before the thaw, {1e3 * after_s:.0f} ms after"
+    return f"the live one: {verdict}, each batch once in one process; longest pause between batches {pauses}, at most {PAUSE_S:g} s allowed"
 
 
 def _freeze(bench: Bench, index: int) -> dict[str, Any]:
@@ -99,6 +107,8 @@ def _freeze(bench: Bench, index: int) -> dict[str, Any]:
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    if found["accepted"] or not found["exact"] or found["attempts"] != 2:  # noqa: PLR2004 - the frozen one, and its successor
+    if found["accepted"] or not found["exact"] or not found["once"] or found["attempts"] != 2:  # noqa: PLR2004 - the frozen one, and its successor
         raise RuntimeError(f"the frozen attempt has disturbed the live one: {found}")
+    if not found["tried"]:
+        raise RuntimeError(f"the frozen attempt did not try to save, so that nothing was measured: {found}")
     return found

@@ -24,6 +24,7 @@ from tests.tasks import wait_until
 FROZEN_AT = 20
 BATCHES = 200
 BESIDE = 30  # batches of the live attempt, before the thaw and after it
+INTERVAL_S = 1.0
 WAIT_S = 300
 
 
@@ -58,7 +59,7 @@ def main(directory: str) -> None:
     def batches(attempt: int) -> list[dict[str, Any]]:
         return [stamp for stamp in stamps.read() if stamp["what"] == "batch" and stamp["attempt"] == attempt]
 
-    run = functools.partial(faultguard.init, checkpoint_dir=Path(directory) / "checkpoints", heartbeat_interval=1.0)
+    run = functools.partial(faultguard.init, checkpoint_dir=Path(directory) / "checkpoints", heartbeat_interval=INTERVAL_S)
     with some_nodes() as nodes, run(progress=False), entered_through(functools.partial(stamping, stamps.path)):
         node = nodes.add(1)
         ref = task().remote(stamps.path)
@@ -68,8 +69,8 @@ def main(directory: str) -> None:
             frozen = time.time()
             nodes.add(1)
             wait_until(lambda: len(batches(2)) > BESIDE, WAIT_S)
-        thawed = time.time()
-        stamps.add("thawed")
+            thawed = time.time()
+            stamps.add("thawed")  # before it thaws: its raylet finds out that it was given up, and takes it along
         attempts, total = ray.get(ref, timeout=WAIT_S)
     events = stamps.read()
     live = batches(2)
@@ -81,6 +82,7 @@ def main(directory: str) -> None:
         "accepted": sum(event["what"] == "accepted" for event in events),
         "exact": total == sum(range(BATCHES)),
         "attempts": attempts,
+        "once": [event["batch"] for event in live] == [*range(live[0]["batch"], BATCHES)] and len({event["pid"] for event in live}) == 1,
         "pause_before_s": max(seconds for seconds, after in pauses if not after),
         "pause_after_s": max(seconds for seconds, after in pauses if after),
     }

@@ -8,9 +8,15 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+from benchmarks import disasters
+from benchmarks.budget import Bench
+
+if TYPE_CHECKING:
+    from benchmarks.budget import Measured
 
 RUN = Path(__file__).resolve().parents[1] / "benchmarks" / "run.py"
 IN_PROCESS = ("loop", "snapshot", "durable")  # the rows that need no cluster
@@ -90,9 +96,40 @@ def test_row_that_cannot_be_measured_fails_the_run(tmp_path: Path) -> None:
     assert "part 3" in done.stdout
 
 
+ZOMBIE = {"accepted": 0, "tried": 1, "exact": True, "once": True, "attempts": 2, "ours_s": 0.5, "total_s": 20.0}
+PAUSES = {"pause_before_s": 0.1, "pause_after_s": 0.2}
+
+
+def freeze(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **seen: Any) -> Measured:
+    """The row of the frozen node, had its driver seen this."""
+    said = subprocess.CompletedProcess([], 0, json.dumps({**ZOMBIE, **PAUSES, **seen}), "")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: said)
+    return disasters.frozen(Bench(directory=tmp_path, quick=True))
+
+
+def test_a_zombie_that_did_nothing_proves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That none of its saves was accepted says something only if it tried one."""
+    assert "tried to save 1 times, and 0 were accepted" in freeze(tmp_path, monkeypatch).details[1]
+    with pytest.raises(RuntimeError, match="did not try to save"):
+        freeze(tmp_path, monkeypatch, tried=0)
+
+
+@pytest.mark.parametrize("seen", [{"accepted": 1}, {"exact": False}, {"once": False}, {"attempts": 3}], ids=str)
+def test_a_live_attempt_that_was_disturbed_fails_the_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seen: dict[str, Any]) -> None:
+    """Nothing is reported then."""
+    with pytest.raises(RuntimeError, match="disturbed the live one"):
+        freeze(tmp_path, monkeypatch, **seen)
+
+
+@pytest.mark.parametrize(("pause_s", "said"), [(0.9, "undisturbed"), (1.1, "DISTURBED")])
+def test_undisturbed_has_a_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pause_s: float, said: str) -> None:
+    """A pause of the live attempt that is longer than a heartbeat, and than all before the thaw, is shown as what it is."""
+    assert f"the live one: {said}, " in freeze(tmp_path, monkeypatch, pause_after_s=pause_s).details[2]
+
+
 @pytest.mark.ray
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["killed", "manager"])
+@pytest.mark.parametrize("name", ["killed", "manager", "frozen"])
 def test_row_on_a_cluster_is_measured(tmp_path: Path, name: str) -> None:
     """It has a value, and says how it came about; each raises if what it measures did not take place."""
     file = tmp_path / "rows.json"
