@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 RUN = Path(__file__).resolve().parents[1] / "benchmarks" / "run.py"
 IN_PROCESS = ("loop", "snapshot", "durable")  # the rows that need no cluster
-LATER = "named"
+LATER = "resumable"
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -90,7 +90,7 @@ def test_row_that_cannot_be_measured_fails_the_run(tmp_path: Path) -> None:
     """A row without a value is an error of the run, and does not hide the others."""
     file = tmp_path / "not-a-directory"
     file.write_text("")
-    done = run("--quick", "--only", "loop,named", "--dir", str(file))
+    done = run("--quick", "--only", f"loop,{LATER}", "--dir", str(file))
     assert done.returncode == 2
     assert "NOT MEASURED" in done.stdout
     assert "part 3" in done.stdout
