@@ -21,6 +21,7 @@ __all__ = ["Found", "Prober"]
 
 LOOKS_PER_TIMEOUT = 4
 MAX_LATE = 64
+LOST_S = 30.0  # sooner no probe counts as lost: one that is cancelled when it has ended a process can say so no more
 
 
 class Found(NamedTuple):
@@ -38,6 +39,7 @@ class _Flight:
     ref: Any
     beats: list[Mapping[str, Any]]
     until: float
+    lost_at: float
 
 
 @dataclass(slots=True)
@@ -105,7 +107,8 @@ class Prober:
                 by_node.setdefault(beat["node_id"], []).append(beat)
         for node_id, beats in by_node.items():
             asked = [Silent(_held(beat), _process(beat), self._known[_held(beat)].stood) for beat in beats]
-            self._flights[node_id] = _Flight(_ray.run_on_node(probe, node_id, asked, self._timeout_s), beats, now + self._timeout_s)
+            ref = _ray.run_on_node(probe, node_id, asked, self._timeout_s)
+            self._flights[node_id] = _Flight(ref, beats, now + self._timeout_s, now + max(self._timeout_s, LOST_S))
         return found
 
     def _land(self, node_id: str, now: float) -> list[Found]:
@@ -114,7 +117,7 @@ class Prober:
         if answers is None and not _ray.is_done(flight.ref):
             if now < flight.until:
                 return []
-            if _ray.is_alive(node_id):  # it may be lost on its way, and would be waited for without end
+            if now >= flight.lost_at and _ray.is_alive(node_id):  # it may be lost on its way, and would be waited for without end
                 _ray.cancel(flight.ref)
                 self._late.append(flight)
                 del self._flights[node_id]

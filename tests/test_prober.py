@@ -100,6 +100,16 @@ def test_a_probe_that_is_lost_on_its_way_is_sent_again(played: PlayedRay) -> Non
     assert [each.verdict for each in prober.step([BEAT], 125.0)] == [Verdict.KILL_STALLED]
 
 
+def test_a_slow_probe_is_not_cut(played: PlayedRay) -> None:
+    """With a short timeout, on a machine that is busy, it may just have ended a process: who cuts it then never hears of that."""
+    prober = Prober(1.5)
+    found = [each for now in (0.0, 1.6, 3.2, 20.0) for each in prober.step([BEAT], now)]
+    assert [each.verdict for each in found if each.is_new] == [None]
+    assert (played.started, played.cancelled) == (1, 0)
+    played.ends(Verdict.KILL_STOPPED)
+    assert [each.verdict for each in prober.step([], 21.0)] == [Verdict.KILL_STOPPED]
+
+
 def test_a_probe_that_was_late_says_what_it_has_done(played: PlayedRay) -> None:
     """It was given up as lost, and has ended a process before that reached it: its answer is the only one that there will be."""
     prober = Prober(TIMEOUT_S)

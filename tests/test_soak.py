@@ -168,6 +168,6 @@ def test_a_short_soak() -> None:
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
     print(done.stdout)
     assert done.returncode == 0, done.stderr[-2000:]
-    happened = {line[10:].partition(":")[0] for line in done.stdout.splitlines()}
+    happened = {line[9:].partition(":")[0] for line in done.stdout.splitlines()}
     assert happened >= {*OF_WORKERS, *OF_NODES, *OF_ALL}
     assert "nothing was wrong" in done.stdout
