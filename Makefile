@@ -40,8 +40,10 @@ lint: $(STAMP) ## ruff: rules and format
 	$(RUN) -m ruff check
 	$(RUN) -m ruff format --check
 
-types: $(STAMP) ## mypy, strict
+types: $(STAMP) ## mypy, strict; and what pyright says of the public types: complete, and wrong calls are errors
 	$(RUN) -m mypy
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(RUN) -m pyright --verifytypes faultguard --ignoreexternal
+	$(RUN) -m pyright --pythonpath $(RUN) tests/typing_api.py
 
 coverage: $(STAMP) system-packages ## run all tests, count the lines they reach in every process
 	$(RUN) -m coverage erase

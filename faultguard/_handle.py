@@ -78,8 +78,8 @@ class Checkpoint:
         self.attempt = attempt
         self._epoch = epoch
         self.failures = failures
-        self.quarantined = positions(quarantined)
-        self.resumed = snapshot is not None
+        self.quarantined: tuple[tuple[int, ...], ...] = positions(quarantined)
+        self.resumed: bool = snapshot is not None
         self.total_batches: int | None = None
         self._claim = token
         self._deferred: Deferred | None = None
@@ -96,7 +96,7 @@ class Checkpoint:
         self._closed = False
         self._stop: Callable[[], BaseException] | None = None  # makes what the next boundary raises, once it has taken its snapshot
         self._by_hand: Loop | None = None  # a loop that `advance()` counts, while it may go on
-        self.guard = StallGuard(schedule, self._standing)
+        self.guard: StallGuard = StallGuard(schedule, self._standing)
         self._set_aside = {batch_of(place) for place in quarantined}
         self._pinning: Pinning | None = None
         self._before_block: tuple[Snapshot | None] | None = None  # of a block that a loop was left early in: what was newest then

@@ -70,7 +70,7 @@ class Journal:
     def __init__(self, log: StoredLog, held: rules.Held, schedule: Schedule, keep: int, patience_s: float = 60.0) -> None:
         self.log = log
         self.held = held
-        self.superseded = False
+        self.superseded: bool = False
         self._suspected = False  # somebody says that a later attempt lives: the log is to be asked
         self._began_with = held.durable
         self._excuse: Ended | None = None  # what the saves say of the end that is near
@@ -85,7 +85,7 @@ class Journal:
         self._failing_since: float | None = None
         self._error: CheckpointStoreError | None = None
         self._tidy_at = math.inf  # when to delete what the saves have made superfluous
-        self.beside_s = 0.0  # processor time of the writer thread for this worker since the last save: waking up, deleting
+        self.beside_s: float = 0.0  # processor time of the writer thread for this worker since the last save: waking up, deleting
         self._served = False
         self._over = False
         self._closed = False  # the last record of this attempt is written: whatever is pending must not come after it

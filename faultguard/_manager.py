@@ -466,7 +466,7 @@ class _Factory:
         raise UsageError("RecoveryManager(...) is refused: it is a Ray actor. Write RecoveryManager.remote(...)")
 
 
-RecoveryManager = _Factory()
+RecoveryManager: _Factory = _Factory()
 
 
 def _own_settings(

@@ -41,10 +41,14 @@ _OWN_BY_HAND = ("max_retries", "retry_exceptions")
 class _RemoteLike(Protocol[P, R]):
     """What `@ray.remote` makes of a function."""
 
-    def remote(self, *args: P.args, **kwargs: P.kwargs) -> ObjectRef[R]: ...
+    def remote(self, *args: P.args, **kwargs: P.kwargs) -> ObjectRef[R]:
+        """Submit it."""
+        ...
 
 
 class _Decorator(Protocol):
+    """What `recoverable` with options gives."""
+
     @overload
     def __call__(self, function: _RemoteLike[P, R]) -> RecoverableFunction[P, R]: ...
     @overload

@@ -43,9 +43,9 @@ class Run:
     """
 
     def __init__(self, settings: Settings) -> None:
-        self.name = settings.run
-        self.instance = settings.instance
-        self.checkpoint_dir = settings.checkpoint_dir
+        self.name: str = settings.run
+        self.instance: int = settings.instance
+        self.checkpoint_dir: str = settings.checkpoint_dir
 
     def __enter__(self) -> Self:
         """The run, started."""

@@ -41,7 +41,7 @@ class StallGuard:
         self.timeout_s: float | None = None
         self.on_timed: Callable[[], None] | None = None  # called when a timeout is set: somebody has to look from now on
         self.on_change: Callable[[], None] | None = None  # called when `timing` has another answer
-        self.stacks = ""  # of all threads, when the attempt stalled
+        self.stacks: str = ""  # of all threads, when the attempt stalled
         self._schedule = schedule
         self._standing = standing
         self._lock = threading.Lock()

@@ -45,8 +45,8 @@ class OpenWorker:
         self._started = time.time()
         self._status = ""
         self._announced = False
-        self.mark_every_s = settings.heartbeat_interval
-        self.held = Held(handle.task, handle.worker_id, handle.token, handle.run, handle.attempt)
+        self.mark_every_s: float = settings.heartbeat_interval
+        self.held: Held = Held(handle.task, handle.worker_id, handle.token, handle.run, handle.attempt)
         held_here[journal.held.owner.writer] = self
         self.guard.on_timed = self._timed
         self.guard.on_change = self._remark

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import builtins
+import importlib
 import inspect
 import pickle
+import pkgutil
 import sys
 import threading
 from typing import TYPE_CHECKING, Any
@@ -13,6 +15,7 @@ import cloudpickle
 import pytest
 import ray
 
+import faultguard
 from faultguard import errors
 from faultguard._core.records import FailureRecord
 from faultguard.errors import FaultguardError, MaxFailuresExceeded, SupersededError, UsageError, max_failures_exceeded
@@ -120,6 +123,23 @@ def test_every_error_pickles(kind: type[FaultguardError], dumps: Callable[[objec
     assert type(found) is kind
     assert str(found) == "what was refused"
     assert vars(found) == {"worker_id": "w7", "token": 3, "failures": FAILURES}
+
+
+def test_every_exception_of_the_package_pickles() -> None:
+    """Also those that are never public, such as what ends a drained attempt: Ray carries them from process to process."""
+    for module in pkgutil.walk_packages(faultguard.__path__, "faultguard."):
+        importlib.import_module(module.name)
+    ours = {kind for kind in _below(BaseException) if kind.__module__.startswith("faultguard")}
+    assert {"Drained", "Cancelled", "CancelledCoroutine", "LostError", "NotBegunError", "UsageError"} <= {kind.__name__ for kind in ours}
+    for kind in ours:
+        found = pickle.loads(pickle.dumps(kind("why")))
+        assert (type(found), str(found)) == (kind, "why")
+
+
+def _below(kind: type[BaseException]) -> set[type[BaseException]]:
+    """All classes under it."""
+    direct = set(type.__subclasses__(kind))
+    return direct.union(*map(_below, direct))
 
 
 def test_a_subclass_with_an_init_of_its_own_pickles() -> None:

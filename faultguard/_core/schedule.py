@@ -74,7 +74,7 @@ class Schedule:
         """Use another interval from now on."""
         self._every = every if isinstance(every, int) else 0
         self._interval = every.total_seconds() if isinstance(every, timedelta) else None
-        self.look_at = NOW
+        self.look_at: float = NOW
 
     @property
     def is_strict(self) -> bool:
