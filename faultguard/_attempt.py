@@ -25,7 +25,7 @@ from faultguard._core import log as rules
 from faultguard._core.budget import Policy, charge, exhausted, is_charged, poison_batch
 from faultguard._core.records import Ended, FailureRecord, Outcome, Owner, Record, Snapshot
 from faultguard._core.schedule import Every, Schedule
-from faultguard._deferred import Deferred
+from faultguard._deferred import Deferred, is_watched
 from faultguard._elsewhere import Elsewhere, NotBegunError, failed_on, failures_before
 from faultguard._handle import Checkpoint
 from faultguard._journal import Journal, insist, superseded
@@ -180,7 +180,7 @@ def _claimant(
 def _may_defer(settings: Settings, identity: _ray.Identity, options: TaskOptions, worker_id: str, local_retry: int) -> bool:
     """Whether nobody can have claimed the worker before, or can ask for it: it is new work, and its id is that of the task."""
     new = worker_id == identity.task_id and not (identity.attempt or local_retry or identity.home_id)
-    return new and settings.defer > 0 and not settings.named and options.stall_timeout_s is None
+    return new and settings.defer > 0 and not settings.named and options.stall_timeout_s is None and is_watched()
 
 
 def defer_worker(settings: Settings, identity: _ray.Identity, options: TaskOptions, worker_id: str, *, max_failures: int) -> Deferred:
@@ -578,6 +578,9 @@ class _Task:
         except BaseException as error:  # also during the wait before a retry
             self._leave(error)
             raise
+        finally:
+            if isinstance(self._opened, Deferred) and not self._is_over():  # claimed at the very end, by the thread that looks
+                self._open.leave(Ended("left", charged=True))
 
     def _attempts(self) -> Any:
         """The first attempt, and those that follow it here."""

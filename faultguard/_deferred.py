@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from faultguard._journal import Journal
     from faultguard._worker import OpenWorker
 
-__all__ = ["Deferred"]
+__all__ = ["Deferred", "is_watched"]
 
 LOOK_S = 0.05
 PARK_S = 2.0  # without a task the thread ends itself
@@ -208,11 +208,23 @@ class _Timer:
     def add(self, deferred: Deferred) -> None:
         with self._lock:
             self._waiting[id(deferred)] = deferred
-            self._used = time.monotonic()
-            if self._thread is None:
-                thread = threading.Thread(target=self._run, name="faultguard-deferred", daemon=True)
-                thread.start()
-                self._thread = thread
+            self._start()
+
+    def is_running(self) -> bool:
+        """Whether it looks from now on."""
+        with self._lock:
+            try:
+                self._start()
+            except RuntimeError:  # no thread can be started now
+                return False
+        return True
+
+    def _start(self) -> None:
+        self._used = time.monotonic()
+        if self._thread is None:
+            thread = threading.Thread(target=self._run, name="faultguard-deferred", daemon=True)
+            thread.start()
+            self._thread = thread
 
     def remove(self, deferred: Deferred) -> None:
         self._waiting.pop(id(deferred), None)
@@ -227,6 +239,11 @@ class _Timer:
                 if not self._waiting and now - self._used > PARK_S:
                     self._thread = None
                     return
+
+
+def is_watched() -> bool:
+    """Whether somebody will claim what is deferred."""
+    return _timer.is_running()
 
 
 _timer = _Timer()

@@ -303,6 +303,38 @@ def test_a_store_that_stays_away_is_told(settings: Settings, tmp_path: Path) -> 
         execute(structs.replace(settings, store_patience=0.2), work)
 
 
+def test_what_has_failed_without_a_store_is_not_claimed_when_that_is_back(settings: Settings, tmp_path: Path) -> None:
+    """Its task is over: the worker would be held by a process that does not work on it."""
+    store, away = Path(settings.checkpoint_dir), tmp_path / "away"
+
+    def work() -> None:
+        store.rename(away)
+        raise ValueError("planned")
+
+    with pytest.raises(faultguard.CheckpointStoreError):
+        execute(structs.replace(settings, store_patience=0.1), work, max_failures=0)
+    away.rename(store)
+    time.sleep(3 * DEFER_S)
+    assert files(settings) == []
+    assert not _deferred._timer._waiting
+
+
+def test_without_a_thread_it_is_claimed_first(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that can start no thread now must not work unseen."""
+
+    class Full(threading.Thread):
+        def start(self) -> None:
+            raise RuntimeError("can't start new thread")
+
+    wait_until(lambda: _deferred._timer._thread is None)
+    monkeypatch.setattr(threading, "Thread", Full)
+    assert not _deferred.is_watched()
+    monkeypatch.undo()
+    monkeypatch.setattr(_attempt, "is_watched", lambda: False)
+    execute(settings, loop)
+    assert (kinds(settings)[0], kinds(settings)[-1]) == ("claim", "end")
+
+
 def test_the_thread_begins_again(settings: Settings) -> None:
     """It has ended itself, or is just about to: the next task must not be missed."""
     for _ in range(3):
