@@ -12,26 +12,25 @@ import functools
 import logging
 import time
 import traceback
-import uuid
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import msgspec
 
-from faultguard import _codec, _events, _ray
+from faultguard import _codec, _events, _ray, _soon
 from faultguard._cancels import is_cancelled
 from faultguard._core import log as rules
 from faultguard._core.budget import Policy, charge, exhausted, is_charged, poison_batch
 from faultguard._core.records import Ended, FailureRecord, Outcome, Owner, Record, Snapshot
 from faultguard._core.schedule import Every, Schedule
-from faultguard._deferred import Deferred, is_watched
+from faultguard._deferred import Deferred
 from faultguard._elsewhere import Elsewhere, NotBegunError, failed_on, failures_before
 from faultguard._handle import Checkpoint
 from faultguard._journal import Journal, insist, superseded
 from faultguard._log import StoredLog
 from faultguard._probe import ending_of
-from faultguard._process import ProcessId, is_dead, this_process
+from faultguard._process import ProcessId, is_dead, new_writer, this_process
 from faultguard._sentences import (
     LONG_WAIT_S,
     say_completed_already,
@@ -154,7 +153,7 @@ def _claimant(
     log = StoredLog(_store(settings, identity, options.name, worker_id), settings.log_prefix(options.name, worker_id))
     process = this_process()
     owner = Owner(
-        writer=uuid.uuid4().hex,
+        writer=new_writer(),
         task_id=identity.task_id,
         ray_attempt=identity.attempt,
         local_retry=local_retry,
@@ -180,7 +179,7 @@ def _claimant(
 def _may_defer(settings: Settings, identity: _ray.Identity, options: TaskOptions, worker_id: str, local_retry: int) -> bool:
     """Whether nobody can have claimed the worker before, or can ask for it: it is new work, and its id is that of the task."""
     new = worker_id == identity.task_id and not (identity.attempt or local_retry or identity.home_id)
-    return new and settings.defer > 0 and not settings.named and options.stall_timeout_s is None and is_watched()
+    return new and settings.defer > 0 and not settings.named and options.stall_timeout_s is None and _soon.is_running()
 
 
 def defer_worker(settings: Settings, identity: _ray.Identity, options: TaskOptions, worker_id: str, *, max_failures: int) -> Deferred:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import ray
 
-from faultguard import _events, _ray
+from faultguard import _events, _ray, _soon
 from faultguard._manager import find_or_make, forget, known
 from faultguard._sidecar import Sidecar
 from faultguard.errors import ManagerUnavailableError
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["Source", "hurry", "register", "unregister"]
 
 FIRST_BEAT_S = 0.5  # shorter tasks cost no call, and make no actor
+JOIN_BEFORE_S = 0.4  # shorter ones yet do not even wake the thread
 REPLY_S = 0.5  # a reply is waited for on the spot; a later one is looked for every so often
 STUCK_S = 2.0  # a reply that takes so long may never come
 RESOLVE_S = 10.0
@@ -65,6 +66,21 @@ class _Client:
     begun: bool = False
     beaten: bool = False
     tried: threading.Event = field(default_factory=threading.Event)
+    joined: bool = False
+    gone: bool = False
+
+    def tick(self, now: float) -> None:
+        """The work goes on for longer than a moment: the thread that beats is told of it."""
+        if now >= self.first - JOIN_BEFORE_S:
+            self.join()
+
+    def join(self) -> None:
+        """Beat from now on; from any thread, again is no harm."""
+        _soon.remove(self)
+        self.joined = True
+        _beater.add(self)
+        if self.gone:  # meanwhile
+            _beater.remove(self)
 
 
 def register(source: Source) -> None:
@@ -72,7 +88,10 @@ def register(source: Source) -> None:
     _hook()
     client = _Client(source, time.monotonic() + FIRST_BEAT_S)
     _clients[id(source)] = client
-    _beater.add(client)
+    if _soon.is_running():
+        _soon.add(client)
+    else:
+        client.join()
 
 
 def hurry(source: Source, wait_s: float) -> None:
@@ -80,6 +99,7 @@ def hurry(source: Source, wait_s: float) -> None:
     client = _clients.get(id(source))
     if client is not None and not client.tried.is_set() and _ray.is_ready():
         client.first = time.monotonic()
+        client.join()
         _beater.wake()
         client.tried.wait(wait_s)
 
@@ -89,7 +109,10 @@ def unregister(source: Source) -> None:
     client = _clients.pop(id(source), None)
     if client is None:
         return
-    _beater.remove(client)
+    client.gone = True
+    _soon.remove(client)
+    if client.joined:
+        _beater.remove(client)
     if client.beaten and not _exiting.is_set():
         try:
             _send_final(source)

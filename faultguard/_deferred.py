@@ -1,17 +1,17 @@
 """The first attempt of a task that may be over in a moment: it writes nothing, and wakes no thread, before that is worth its price.
 
 It stands in for the journal of its handle. The worker is claimed at its first save, at its first failure, when somebody asks for what
-only a claim gives, and after `defer` seconds by a thread that looks now and then. A task that ends before leaves nothing: whoever
+only a claim gives, and after `defer` seconds by a thread that looks now and then (`_soon`). A task that ends before leaves nothing: whoever
 starts it again finds an empty log, and counts that as one failure.
 """
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from typing import TYPE_CHECKING, Any
 
+from faultguard import _soon
 from faultguard._core.schedule import NOW
 from faultguard.errors import CheckpointStoreError, UsageError
 
@@ -25,10 +25,8 @@ if TYPE_CHECKING:
     from faultguard._journal import Journal
     from faultguard._worker import OpenWorker
 
-__all__ = ["Deferred", "is_watched"]
+__all__ = ["Deferred"]
 
-LOOK_S = 0.05
-PARK_S = 2.0  # without a task the thread ends itself
 RETRY_S = 1.0
 
 
@@ -72,7 +70,7 @@ class Deferred:
         self._newest: tuple[Snapshot, float] | None = None
         self._look_at = time.monotonic() + after_s
         handle.defer(self)
-        _timer.add(self)
+        _soon.add(self)
 
     def claim(self) -> OpenWorker:
         """The worker; claims it if nobody has yet, and waits for a store that is in trouble.
@@ -95,7 +93,7 @@ class Deferred:
         if self._worker is None:
             assert self.claims is not None  # noqa: S101 - given before anybody can ask
             self._worker = self.claims(deferred=self, patience_s=patience_s)
-            _timer.remove(self)
+            _soon.remove(self)
         return self._worker
 
     def take_over(self, journal: Journal, token: int) -> None:
@@ -107,7 +105,7 @@ class Deferred:
 
     def finish(self) -> bool:
         """The task is over, and nothing has to be kept of it. False: too late, it is claimed."""
-        _timer.remove(self)
+        _soon.remove(self)
         with self._claiming:
             self._over = self._worker is None
         if self._over:
@@ -115,7 +113,7 @@ class Deferred:
         return self._over
 
     def tick(self, now: float) -> None:
-        """On the thread of the timer: claim what has worked for long enough. What goes wrong is told at the next boundary."""
+        """On the thread that looks: claim what has worked for long enough. What goes wrong is told at the next boundary."""
         if now < self._look_at or not self._claiming.acquire(blocking=False):
             return
         try:
@@ -127,7 +125,7 @@ class Deferred:
             self._failing_since = self._failing_since or now
         except Exception as error:  # noqa: BLE001 - raised where the task can see it
             self._refused = error
-            _timer.remove(self)
+            _soon.remove(self)
         finally:
             self._claiming.release()
         self.schedule.look_at = NOW
@@ -190,60 +188,3 @@ class Deferred:
     def skip_poison(self, skip: bool) -> None:  # noqa: FBT001 - what the block says
         """For the claim."""
         self.skips_poison = skip
-
-
-class _Timer:
-    """One thread per process, which lets tasks that are over in a moment alone: it looks, and nobody wakes it."""
-
-    def __init__(self) -> None:
-        self._reset()
-        os.register_at_fork(after_in_child=self._reset)
-
-    def _reset(self) -> None:
-        self._lock = threading.Lock()
-        self._waiting: dict[int, Deferred] = {}
-        self._thread: threading.Thread | None = None
-        self._used = 0.0
-
-    def add(self, deferred: Deferred) -> None:
-        with self._lock:
-            self._waiting[id(deferred)] = deferred
-            self._start()
-
-    def is_running(self) -> bool:
-        """Whether it looks from now on."""
-        with self._lock:
-            try:
-                self._start()
-            except RuntimeError:  # no thread can be started now
-                return False
-        return True
-
-    def _start(self) -> None:
-        self._used = time.monotonic()
-        if self._thread is None:
-            thread = threading.Thread(target=self._run, name="faultguard-deferred", daemon=True)
-            thread.start()
-            self._thread = thread
-
-    def remove(self, deferred: Deferred) -> None:
-        self._waiting.pop(id(deferred), None)
-
-    def _run(self) -> None:
-        while True:
-            time.sleep(LOOK_S)
-            now = time.monotonic()
-            for deferred in list(self._waiting.values()):
-                deferred.tick(now)
-            with self._lock:
-                if not self._waiting and now - self._used > PARK_S:
-                    self._thread = None
-                    return
-
-
-def is_watched() -> bool:
-    """Whether somebody will claim what is deferred."""
-    return _timer.is_running()
-
-
-_timer = _Timer()

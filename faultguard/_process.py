@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import os
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,7 +14,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["ProcessId", "is_dead", "is_stopped", "is_traced", "opened", "this_process"]
+__all__ = ["ProcessId", "is_dead", "is_stopped", "is_traced", "new_writer", "opened", "this_process"]
 
 _STATE_FIELD = 0  # of /proc/<pid>/stat, after the name in parentheses
 _START_FIELD = 19
@@ -37,6 +39,20 @@ def this_process() -> ProcessId:
 def _process(pid: int) -> ProcessId:
     stat = _stat(pid)
     return ProcessId(_boot_id(), pid, int(stat[_START_FIELD]) if stat else 0)
+
+
+def new_writer() -> str:
+    """A name that no other writer has had or will have, of 32 hexadecimal digits."""
+    return f"{_base(os.getpid())}{next(_writers):012x}"
+
+
+@functools.lru_cache(maxsize=1)
+def _base(pid: int) -> str:
+    """Once per process, and a forked child has its own: asking the system for randomness may take 0.1 ms."""
+    return f"{pid:08x}{uuid.uuid4().hex[:12]}"
+
+
+_writers = itertools.count()
 
 
 def is_dead(process: ProcessId) -> bool | None:

@@ -54,8 +54,9 @@ class Sidecar(Generic[Client]):
     def remove(self, client: Client) -> None:
         """Serve it no more; a call of `work` that is under way may still see it."""
         with self._condition:
-            if client in self._clients:
-                self._clients.remove(client)
+            if client not in self._clients:
+                return
+            self._clients.remove(client)
             if not self._clients:
                 self._wake()  # park now, not when something would have been due
 

@@ -15,7 +15,7 @@ import ray
 from msgspec import structs
 
 import faultguard
-from faultguard import _attempt, _deferred, _ray
+from faultguard import _attempt, _ray, _soon
 from faultguard._core.names import record_number
 from faultguard._core.records import decode_record
 from faultguard._log import StoredLog
@@ -89,8 +89,8 @@ def test_a_task_that_is_over_in_a_moment_leaves_nothing(settings: Settings, func
     execute(settings, function)
     assert files(settings) == []
     ours = {thread.name for thread in threading.enumerate() if thread.name.startswith("faultguard")}
-    assert ours <= {"faultguard-deferred", "faultguard-beater", "faultguard-writer", "faultguard-watcher"}
-    wait_until(lambda: not any(thread.name == "faultguard-deferred" for thread in threading.enumerate()))
+    assert ours <= {_soon.NAME, "faultguard-beater", "faultguard-writer", "faultguard-watcher"}
+    wait_until(lambda: not any(thread.name == _soon.NAME for thread in threading.enumerate()))
 
 
 def test_it_is_over_also_for_the_thread_that_looks(settings: Settings) -> None:
@@ -316,7 +316,7 @@ def test_what_has_failed_without_a_store_is_not_claimed_when_that_is_back(settin
     away.rename(store)
     time.sleep(3 * DEFER_S)
     assert files(settings) == []
-    assert not _deferred._timer._waiting
+    assert not _soon.waits()
 
 
 def test_without_a_thread_it_is_claimed_first(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -326,11 +326,11 @@ def test_without_a_thread_it_is_claimed_first(settings: Settings, monkeypatch: p
         def start(self) -> None:
             raise RuntimeError("can't start new thread")
 
-    wait_until(lambda: _deferred._timer._thread is None)
+    wait_until(lambda: _soon._soon.thread is None)
     monkeypatch.setattr(threading, "Thread", Full)
-    assert not _deferred.is_watched()
+    assert not _soon.is_running()
     monkeypatch.undo()
-    monkeypatch.setattr(_attempt, "is_watched", lambda: False)
+    monkeypatch.setattr(_soon, "is_running", lambda: False)
     execute(settings, loop)
     assert (kinds(settings)[0], kinds(settings)[-1]) == ("claim", "end")
 
@@ -339,7 +339,7 @@ def test_the_thread_begins_again(settings: Settings) -> None:
     """It has ended itself, or is just about to: the next task must not be missed."""
     for _ in range(3):
         execute(settings, loop)
-        wait_until(lambda: _deferred._timer._thread is None)
+        wait_until(lambda: _soon._soon.thread is None)
     test_what_works_for_longer_is_claimed(settings)
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from faultguard import _process
-from faultguard._process import ProcessId, is_dead, this_process
+from faultguard._process import ProcessId, is_dead, new_writer, this_process
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -127,3 +127,18 @@ def test_a_name_with_spaces_and_parentheses_is_read(tmp_path: Path) -> None:
         identity = ProcessId(this_process().boot_id, popen.pid, int(stat[19]))
         assert is_dead(identity) is False
         popen.kill()
+
+
+def test_writers_have_names_of_their_own() -> None:
+    """Two of one process, and those of a process and its forked child."""
+    mine = {new_writer() for _ in range(100)}
+    read, write = os.pipe()
+    child = os.fork()
+    if not child:
+        os.write(write, "".join(new_writer() for _ in range(100)).encode())
+        os._exit(0)
+    os.waitpid(child, 0)
+    text = os.read(read, 100 * 32).decode()
+    theirs = {text[start : start + 32] for start in range(0, len(text), 32)}
+    assert len(mine | theirs) == 200
+    assert {len(name) for name in mine} == {32}
