@@ -132,6 +132,7 @@ def visit(n: int, beats: bool) -> tuple[int, list[str], dict[int, str]]:
     if beats:
         for client in _beater._clients.values():
             client.first = 0.0
+            client.join()
         _beater._beater.wake()
         wait_until(lambda: all(client.beaten for client in _beater._clients.values()))
     return os.getpid(), our_threads(), open_files()
@@ -147,9 +148,10 @@ def look() -> tuple[int, list[str], dict[int, str]]:
 
 @pytest.mark.parametrize("beats", [False, True], ids=["short", "beating"])
 def test_nothing_stays_in_a_process(run: Run, beats: bool) -> None:
-    """After a hundred tasks on one process, each of which beat, there is no thread and no file of ours in it."""
+    """After a hundred tasks on one process there is no thread and no file of ours in it; those that are over at once wake no thread to beat."""
     before_pid, threads, _ = ray.get(visit.remote(3, beats), timeout=60)  # Ray connects it to the manager
-    assert {"faultguard-writer", "faultguard-beater"} <= set(threads)
+    assert "faultguard-writer" in threads
+    assert ("faultguard-beater" in threads) is beats
     _, _, before = ray.get(look.remote(), timeout=60)
     pids = {pid for pid, _, _ in ray.get([visit.remote(3, beats) for _ in range(100)], timeout=120)}
     assert pids == {before_pid}
