@@ -148,7 +148,7 @@ def look() -> tuple[int, list[str], dict[int, str]]:
 
 @pytest.mark.parametrize("beats", [False, True], ids=["short", "beating"])
 def test_nothing_stays_in_a_process(run: Run, beats: bool) -> None:
-    """After a hundred tasks on one process there is no thread and no file of ours in it; those that are over at once wake no thread to beat."""
+    """After a hundred tasks on one process there is no thread and no file of ours in it; only those that last longer have one to beat."""
     before_pid, threads, _ = ray.get(visit.remote(3, beats), timeout=60)  # Ray connects it to the manager
     assert "faultguard-writer" in threads
     assert ("faultguard-beater" in threads) is beats
