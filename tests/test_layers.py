@@ -28,6 +28,7 @@ LAYERS = [  # each may import those above it, and its own; `_session`, `_events`
     {"policy", "_stops", "_failover", "_native"},
     {"_core"},
     {"storage", "_codec", "_blame"},
+    {"_footguns"},
     {"_cancels", "_log", "_sidecar", "_journal", "_tracking", "_settings", "_watch", "_stall", "_handle", "_marks", "_probe", "_prober"},
     {"_views", "_registry", "_manager", "_beater", "_watcher", "_lease", "_elsewhere"},
     {"_sentences", "_worker", "_deferred"},
