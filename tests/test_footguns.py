@@ -7,10 +7,13 @@ import operator
 import os
 import queue
 import re
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.pool import ThreadPool
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -504,3 +507,95 @@ def test_a_handle_of_the_child() -> None:
     """One that is made there is its own; and what its parent knew may be read."""
     ckpt = Worker(MemoryStore()).attempt(state={"rows": 7}).ckpt
     assert _in_a_child(lambda: Checkpoint.in_memory().advance(ckpt.state["rows"])) == 1
+
+
+# --- on a real cluster ----------------------------------------------------------------------------------------------
+
+PROGRAM = """
+import contextlib, os, signal, sys
+import ray, faultguard
+
+DIES_AT = 4
+
+def die_once(ckpt, batch):
+    if batch == DIES_AT and ckpt.attempt == 1:
+        ckpt.advance(wait=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+@faultguard.recoverable
+@ray.remote
+def ahead(worker_id):
+    return len(list(faultguard.batches(range(8))))
+
+@faultguard.recoverable
+@ray.remote
+def reset(worker_id):
+    ckpt = faultguard.current()
+    ckpt.state["rows"] = 0
+    for batch in ckpt.batches(range(8)):
+        ckpt.state["rows"] += 1
+        die_once(ckpt, batch)
+    return ckpt.state["rows"]
+
+@faultguard.recoverable
+@ray.remote
+def beside(worker_id):
+    ckpt, results = faultguard.current(), []
+    for batch in ckpt.batches(range(8)):
+        results.append(batch)
+        die_once(ckpt, batch)
+    return results
+
+@faultguard.recoverable
+@ray.remote
+def right(worker_id):
+    ckpt = faultguard.current()
+    results = ckpt.state.setdefault("results", [])
+    for batch in ckpt.batches(range(8)):
+        results.append(batch)
+        die_once(ckpt, batch)
+    return results
+
+ray.init(num_cpus=2)
+with faultguard.init(checkpoint_dir=sys.argv[1]):
+    print(faultguard.get([ahead.remote(f"w{i}") for i in range(6)]))
+    print(faultguard.get([reset.remote("w0"), beside.remote("w0"), right.remote("w0")]))
+for cut in (True, False):
+    with contextlib.suppress(KeyError), faultguard.init(run="nightly", checkpoint_dir=sys.argv[1]):
+        print(faultguard.get(right.remote("w1")))
+        if cut:
+            raise KeyError("the driver's own")
+with faultguard.init(run="nightly", checkpoint_dir=sys.argv[1], resume="always"):
+    print(faultguard.get(right.remote("w1")))
+"""
+
+
+@pytest.mark.ray
+def test_footguns_of_real_tasks(tmp_path: Path, ray_temp_dir: str) -> None:
+    """Processes that die of SIGKILL resume and tell, each once per process and task; right tasks beside them are left alone."""
+    script = tmp_path / "program.py"
+    script.write_text(PROGRAM, encoding="utf-8")
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_ADDRESS", "FAULTGUARD_"))}
+    environment = {**inherited, "RAY_ADDRESS": "local", "RAY_TMPDIR": ray_temp_dir}
+    command = [sys.executable, str(script), str(tmp_path / "checkpoints")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False, cwd=tmp_path, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    said = [line for line in done.stdout.splitlines() if line.startswith("[")]
+    every = str(list(range(8)))
+    assert said == [str([8] * 6), f"[3, [5, 6, 7], {every}]", every, every, every]
+    logs = [path.read_text("utf-8") for path in Path(ray_temp_dir).glob("ray/session_2*/logs/worker-*.err")]
+    for sentence, processes in (
+        ("has the batches of loop 'batches' drawn ahead of the work, by list(batches(...)) or the like", range(1, 7)),
+        ("'reset/w0' has set state['rows'], which was restored as 5, to 0 before loop 'batches' goes on at batch 5", range(1, 2)),
+        ("'beside/w0' went on at batch 5 of 8 and returns a list of 3, one for each batch since", range(1, 2)),
+    ):
+        assert sum(sentence in log for log in logs) in processes, sentence
+        assert max(log.count(sentence) for log in logs) == 1, sentence
+    of_right = [line for log in logs for line in log.splitlines() if "'right/" in line]
+    assert of_right
+    assert [line for line in of_right if "resumes at batch 5" not in line] == []
+    nothing_ran = "\n".join(line for line in done.stderr.splitlines() if "every result" in line)
+    assert nothing_ran == (
+        "faultguard: every result of run 'nightly' (#1) came from the record of an earlier driver, and nothing was run: what has changed "
+        "in code or data since then shows in none of them. To compute them anew, write init(run='nightly', resume='never')."
+    )
