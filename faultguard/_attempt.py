@@ -26,6 +26,7 @@ from faultguard._core.records import Ended, FailureRecord, Outcome, Owner, Recor
 from faultguard._core.schedule import Every, Schedule
 from faultguard._deferred import Deferred
 from faultguard._elsewhere import Elsewhere, NotBegunError, failed_on, failures_before
+from faultguard._footguns import tell
 from faultguard._handle import Checkpoint
 from faultguard._journal import Journal, insist, superseded
 from faultguard._log import StoredLog
@@ -640,6 +641,7 @@ class _Task:
         handle = self._opened.handle
         before = handle.before_return
         last = handle.finish()
+        handle.returns(value)
         if isinstance(self._opened, Deferred) and stays_with_its_owner(value) and self._is_over():
             return
         outcome = self._outcome(value)
@@ -656,11 +658,12 @@ class _Task:
             if len(data) <= MAX_RESULT_BYTES:
                 return Outcome("completed", recorded=True, value=msgspec.Raw(data), arguments=self._work.arguments)
             why = f"it takes {len(data)} bytes, the limit is {MAX_RESULT_BYTES}"
-        text = (
-            f"the return value of task {self._options.name!r} cannot be recorded ({why}). If it is asked for again, the function is "
-            f"called again with its loops done. Return plain values, or write the result to a file and return its path."
+        tell(
+            self._open.handle,
+            "result_not_recorded",
+            f"has a return value that cannot be recorded ({why}). If it is asked for again, the function is called again with its loops "
+            f"done. Return plain values, or write the result to a file and return its path.",
         )
-        _events.emit(logging.WARNING, "faultguard.result_not_recorded", text, **self._open.handle.fields())
         return Outcome("completed", arguments=self._work.arguments)
 
     # --- failures ---

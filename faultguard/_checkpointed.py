@@ -305,7 +305,10 @@ def batches(iterable: Iterable[T] | Callable[[int], Iterable[T]], *, name: str =
     >>> import faultguard
     >>> @faultguard.recoverable
     ... def shout(words):
-    ...     return [word.upper() for word in faultguard.batches(words)]
+    ...     said = faultguard.current().state.setdefault("said", [])
+    ...     for word in faultguard.batches(words):
+    ...         said.append(word.upper())
+    ...     return said
     >>> shout(["a", "b"])
     ['A', 'B']
     """

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 
-from faultguard import _blame, _codec
+from faultguard import _blame, _codec, _footguns
 from faultguard._core.budget import batch_of
 from faultguard._core.cursors import Cursors, Loop, input_changed
 from faultguard._core.names import MAX_RECORD_NUMBER
@@ -93,6 +93,9 @@ class Checkpoint:
         self._untracked: dict[str, Any] = _codec.decode(bytes(snapshot.tracked)) if snapshot else {}
         self._work_before_s = snapshot.work_s if snapshot else 0.0
         self._started = time.monotonic()
+        self._forks = _footguns.forks[0]
+        self._before_loops: _footguns.StateBefore | None = None  # of an attempt that goes on
+        self._growth: _footguns.Growth | None = None
         self._closed = False
         self._stop: Callable[[], BaseException] | None = None  # makes what the next boundary raises, once it has taken its snapshot
         self._by_hand: Loop | None = None  # a loop that `advance()` counts, while it may go on
@@ -195,10 +198,12 @@ class Checkpoint:
         if not isinstance(name, str) or not name:
             msg = f"name={name!r} of a loop is refused; it takes a non-empty str"
             raise UsageError(msg)
-        return self._loop(iterable, name, length, total)
+        origin = _footguns.Origin()
+        return _footguns.Batches(self._loop(iterable, name, length, total, origin), origin)
 
-    def _loop(self, iterable: Any, name: str, length: int | None, total: int | None) -> Iterator[Any]:
+    def _loop(self, iterable: Any, name: str, length: int | None, total: int | None, origin: _footguns.Origin) -> Iterator[Any]:
         """The generator behind `batches`. Between two batches it does next to nothing unless something is due."""
+        origin.begins(self, name, sys._getframe().f_back)  # noqa: SLF001 - as documented
         cursors, schedule, clock, growing = self._cursors, self._schedule, time.monotonic, _codec.GROWING
         if cursors.is_open and not cursors.in_hand:
             msg = (
@@ -255,6 +260,10 @@ class Checkpoint:
             _know(self._cursors.around)
         if closed:
             self._boundary()
+        if loop.done and self._restored is not None:  # by an earlier attempt
+            if self._before_loops is None:
+                self._before_loops = _footguns.StateBefore(bytes(self._restored.state))
+            self._before_loops.compare(self, loop)
 
     def _come_back(self, loop: Loop) -> None:
         """Somebody goes on with a loop after another one was opened inside of it, or after it was closed."""
@@ -575,6 +584,14 @@ class Checkpoint:
         """Where its snapshots go; None: nowhere."""
         return self._journal
 
+    def returns(self, value: object) -> None:
+        """The body has returned this: whether it misses what an earlier attempt had."""
+        if self._restored is None or self._state or self._tracked or self._untracked or self.quarantined:
+            return
+        loops, before = self._cursors.loops(), [mark for scope in self._restored.loops for mark in scope]
+        if len(loops) == len(before) == 1 and loops[0].finished and not before[0].finished:
+            _footguns.result_beside_state(self, value, before[0].done, loops[0].done)
+
     def raise_if_superseded(self) -> None:
         """Raise `SupersededError` if a later attempt was seen in the log."""
         if self._journal is not None:
@@ -650,6 +667,13 @@ class Checkpoint:
         }
 
     def _check_open(self, call: str) -> None:
+        if self._forks != _footguns.forks[0]:
+            msg = (
+                f"{call}() on the handle of worker {self.worker_id!r} is refused in a forked process: the attempt is that of its parent, "
+                f"and two processes that save would each take the other for a later attempt. Give results back to the parent, and let it "
+                f"count: pool.map(f, batch) inside the loop"
+            )
+            raise UsageError(msg)
         if self._closed:
             msg = f"{call}() on the handle of worker {self.worker_id!r} attempt {self.attempt} is refused: the attempt is over"
             raise UsageError(msg)
@@ -705,8 +729,12 @@ class Checkpoint:
         tracked = b"{}"
         if self._tracked or self._untracked:
             tracked = _codec.encode({**self._untracked, **{name: source.save() for name, source in self._tracked.items()}}, path="tracked")
+        state = _codec.encode(self._state)
+        if len(state) > _footguns.LARGE_BYTES:
+            self._growth = self._growth or _footguns.Growth()
+            self._growth.add(self, len(state), self._cursors.done_outside)
         snapshot = Snapshot(
-            state=msgspec.Raw(_codec.encode(self._state)),
+            state=msgspec.Raw(state),
             loops=self._cursors.marks(),
             tracked=msgspec.Raw(tracked),
             work_s=round(self._work_before_s + time.monotonic() - self._started, 3),

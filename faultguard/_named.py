@@ -49,7 +49,7 @@ class NamedRun:
         taken: what to raise, once another driver has it; None: it is ours.
     """
 
-    def __init__(self, settings: Settings, log: StoredLog, entered: runs.Entered, how: str) -> None:
+    def __init__(self, settings: Settings, log: StoredLog, entered: runs.Entered, how: str, resume: runs.Resume) -> None:
         self._log = log
         self._record = entered.record
         self.settings = replace(settings, instance=entered.record.instance, epoch=entered.record.number)
@@ -58,6 +58,8 @@ class NamedRun:
         self._over = False
         self._submitted: set[tuple[str, str]] = set()
         self._recorded: dict[tuple[str, str], Outcome] = {}
+        self._given = 0  # results from the record
+        self._wants_records = resume == "always"
         self._lease = Lease(log, entered.record, self._lose)
         try:
             self.line = self._begin(entered.before, how)
@@ -97,7 +99,7 @@ class NamedRun:
         for _ in range(MAX_TRIES):
             answer = log.run(runs.enter(me, resume, gone))
             if isinstance(answer, runs.Entered):
-                return cls(settings, log, answer, how)
+                return cls(settings, log, answer, how, resume)
             head = answer.head
             timeout_s = max(settings.heartbeat_timeout, head.heartbeat_timeout)
             waiting = f"run {settings.run!r} waits: {_who(head)} has it, and it is taken over if that is silent for {timeout_s:g} s."
@@ -134,6 +136,10 @@ class NamedRun:
     def recorded(self, task: str, worker_id: str) -> Outcome | None:
         """The outcome of a worker that was completed before this driver began, where it has a value and is at hand."""
         return self._recorded.get((task, worker_id))
+
+    def gives(self) -> None:
+        """A result was given from the record."""
+        self._given += 1
 
     def submits(self, task: str, worker_id: str) -> None:
         """A worker is submitted to be run: until it has completed, the run is not over.
@@ -187,10 +193,21 @@ class NamedRun:
             _drop_checkpoints(self._store, self.settings.run_prefix)
         counts = self._summary(completed.values())
         if closes:
-            return [f"run {self._name} closed: {counts}"]
+            return [f"run {self._name} closed: {counts}", *self._nothing_ran()]
         folders = [self.settings.log_prefix(task, worker).rstrip("/") for task, worker in sorted((s.task, s.worker_id) for s in open_)]
         text = f"run {self._name} stays open: {counts} {len(open_) + len(missing)} not completed; started again, it goes on."
         return [text, *kept_lines(self.settings, folders)]
+
+    def _nothing_ran(self) -> list[str]:
+        """What to say where all that was asked for had been computed before; not where that was what was asked for."""
+        if self._submitted or not self._given or self._wants_records:
+            return []
+        name = self.settings.run
+        text = (
+            f"every result of run {self._name} came from the record of an earlier driver, and nothing was run: what has changed in code "
+            f"or data since then shows in none of them. To compute them anew, write init(run={name!r}, resume='never')."
+        )
+        return [text]
 
     def _summary(self, completed: Iterable[Record]) -> str:
         from faultguard._run import duration

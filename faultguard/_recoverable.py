@@ -317,6 +317,7 @@ class RecoverableFunction(Generic[P, R]):
             returns = self._at_call.get("num_returns", self._ray_options.get("num_returns", 1))
             ready = _ray.ready_refs(_codec.decode(bytes(outcome.value)), returns)
             if ready is not None:
+                named.gives()
                 return ready
         named.submits(self._options.name, worker_id)
         return None

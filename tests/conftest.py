@@ -13,6 +13,7 @@ import pytest
 import ray
 
 import faultguard
+from faultguard import _footguns
 from tests.tasks import Trace
 
 if TYPE_CHECKING:
@@ -87,3 +88,9 @@ def trace(tmp_path: Path) -> Trace:
 def temporary_dir() -> tempfile.TemporaryDirectory[str]:
     """A directory that goes with its block; what processes that are just leaving still write there is no error."""
     return tempfile.TemporaryDirectory(prefix="fg-", dir="/tmp", ignore_cleanup_errors=True)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_told() -> None:
+    """What was told of a footgun in another test may be told again."""
+    _footguns._told.clear()

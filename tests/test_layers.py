@@ -28,6 +28,7 @@ LAYERS = [  # each may import those above it, and its own; `_session`, `_events`
     {"policy", "_stops", "_failover", "_native"},
     {"_core"},
     {"storage", "_codec", "_blame"},
+    {"_footguns"},
     {
         "_cancels",
         "_log",

@@ -138,7 +138,7 @@ def test_a_result_that_cannot_be_recorded(settings: Settings, caplog: pytest.Log
 
     assert execute(settings, count)[1] == 6
     (warning,) = caplog.records
-    assert "the return value of task 'count' cannot be recorded" in warning.getMessage()
+    assert "has a return value that cannot be recorded" in warning.getMessage()
     assert vars(warning)["event"] == "faultguard.result_not_recorded"
     assert_whole(warning)
     assert execute(settings, count, ray_attempt=1)[1] == 6

@@ -145,6 +145,11 @@ class Cursors:
         return not any(self.scopes[len(path) :])
 
     @property
+    def done_outside(self) -> int:
+        """Batches done in the loops that lie in no other one."""
+        return sum(loop.done for loop in self.scopes[0]) if self.scopes else 0
+
+    @property
     def is_open(self) -> bool:
         """Whether a loop is open."""
         return bool(self.stack)
