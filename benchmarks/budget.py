@@ -88,7 +88,7 @@ BUDGET = (
     Item("tasks", "no-op tasks, unnamed run: throughput over plain Ray", 0.6, "x", "tasks:throughput", at_least=True),
     Item("auto", '`every="auto"`: main thread inside faultguard + its threads, over wall time', 1, "%", "tasks:auto"),
     Item("named", "no-op tasks, named run: throughput over plain Ray", 0.3, "x", part=3, at_least=True),
-    Item("resumable", "`check_resumable` over a loop of 100 batches", 1, "s", part=3),
+    Item("resumable", "`check_resumable` over a loop of 100 batches", 1, "s", "handle:resumable"),
     Item("manager", "manager: CPU at ten times the workers of a 5 s interval", 50, "% of a core", "listening:manager"),
     Item("frozen", "frozen node: next attempt started by Ray → first batch", 2, "s", "disasters:frozen"),
     Item("killed", "120 s of work killed after every 10 s, over undisturbed", 1.3, "x", "disasters:killed"),

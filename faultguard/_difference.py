@@ -10,6 +10,7 @@ from typing import Any
 
 __all__ = ["difference", "frozen_copy", "short"]
 
+_SCALARS = frozenset({int, str, float, bool, bytes, type(None)})
 _SEQUENCES = (list, tuple, deque)
 MAX_SHOWN = 100  # characters of a value in a text
 
@@ -22,7 +23,8 @@ def difference(expected: Any, found: Any, path: str = "result") -> Difference | 
     >>> difference({"rows": [1, 2]}, {"rows": [1, 3]})
     ("result['rows'][1]", 'is 3 instead of 2')
     """
-    return _Comparison().of(expected, found, path)
+    there = _Comparison().of(expected, found)
+    return (path + there[0], there[1]) if there is not None else None
 
 
 def frozen_copy(value: Any) -> Any:
@@ -43,61 +45,66 @@ def short(value: Any) -> str:
 
 
 class _Comparison:
-    """One walk through two values side by side."""
+    """One walk through two values side by side. The paths are made on the way back from a difference: mostly there is none."""
 
     def __init__(self) -> None:
         self._met: set[tuple[int, int]] = set()
 
-    def of(self, expected: Any, found: Any, path: str) -> Difference | None:
-        """The first difference at `path` or below it."""
+    def of(self, expected: Any, found: Any) -> Difference | None:
+        """The first difference."""
+        kind = type(expected)
+        if kind is not type(found):
+            return "", f"is {short(found)} ({type(found).__name__}) instead of {short(expected)} ({kind.__name__})"
+        if kind in _SCALARS and expected == found:
+            return None
         if (id(expected), id(found)) in self._met:  # a value that contains itself, or one that is shared
             return None
         self._met.add((id(expected), id(found)))
-        kind = type(expected)
-        if kind is not type(found):
-            return path, f"is {short(found)} ({type(found).__name__}) instead of {short(expected)} ({kind.__name__})"
         numpy = sys.modules.get("numpy")
         if numpy is not None and isinstance(expected, numpy.ndarray):
-            return self._arrays(numpy, expected, found, path)
+            return self._arrays(numpy, expected, found)
         if isinstance(expected, Mapping):
-            return self._mappings(expected, found, path)
-        return self._sequences(expected, found, path) if isinstance(expected, _SEQUENCES) else self._objects(expected, found, path)
+            return self._mappings(expected, found)
+        return self._sequences(expected, found) if isinstance(expected, _SEQUENCES) else self._objects(expected, found)
 
-    def _objects(self, expected: Any, found: Any, path: str) -> Difference | None:
+    def _below(self, step: object, expected: Any, found: Any) -> Difference | None:
+        inside = self.of(expected, found)
+        return (f"[{short(step)}]{inside[0]}", inside[1]) if inside is not None else None
+
+    def _objects(self, expected: Any, found: Any) -> Difference | None:
         if _are_equal(expected, found):
             return None
         compares: Any = type(expected).__eq__
         if compares is object.__eq__:  # no two of them are ever equal, so their attributes are compared
-            return self.of(vars(expected), vars(found), path) if hasattr(expected, "__dict__") else None
-        return path, f"is {short(found)} instead of {short(expected)}"
+            return self.of(vars(expected), vars(found)) if hasattr(expected, "__dict__") else None
+        return "", f"is {short(found)} instead of {short(expected)}"
 
-    def _mappings(self, expected: Mapping[Any, Any], found: Mapping[Any, Any], path: str) -> Difference | None:
+    def _mappings(self, expected: Mapping[Any, Any], found: Mapping[Any, Any]) -> Difference | None:
         for key in expected:
             if key not in found:
-                return path, f"has no {short(key)}, and should"
-            if (inside := self.of(expected[key], found[key], f"{path}[{short(key)}]")) is not None:
+                return "", f"has no {short(key)}, and should"
+            if (inside := self._below(key, expected[key], found[key])) is not None:
                 return inside
         more = next((key for key in found if key not in expected), None) if len(found) > len(expected) else None
-        return (path, f"has {short(more)}, and should not") if len(found) > len(expected) else None
+        return ("", f"has {short(more)}, and should not") if len(found) > len(expected) else None
 
-    def _sequences(self, expected: Any, found: Any, path: str) -> Difference | None:
+    def _sequences(self, expected: Any, found: Any) -> Difference | None:
         if len(expected) != len(found):
-            return path, f"has {len(found)} items instead of {len(expected)}: {short(found)} instead of {short(expected)}"
+            return "", f"has {len(found)} items instead of {len(expected)}: {short(found)} instead of {short(expected)}"
         pairs = enumerate(zip(expected, found, strict=True))
-        inside = (self.of(one, other, f"{path}[{index}]") for index, (one, other) in pairs)
+        inside = (self._below(index, one, other) for index, (one, other) in pairs)
         return next((there for there in inside if there is not None), None)
 
-    def _arrays(self, numpy: Any, expected: Any, found: Any, path: str) -> Difference | None:
+    def _arrays(self, numpy: Any, expected: Any, found: Any) -> Difference | None:
         if (expected.dtype, expected.shape) != (found.dtype, found.shape):
-            return path, f"is {found.dtype}{list(found.shape)} instead of {expected.dtype}{list(expected.shape)}"
+            return "", f"is {found.dtype}{list(found.shape)} instead of {expected.dtype}{list(expected.shape)}"
         if expected.dtype == object:
-            return self.of(expected.tolist(), found.tolist(), path)
+            return self.of(expected.tolist(), found.tolist())
         differs = (expected != found) & ~((expected != expected) & (found != found))  # noqa: PLR0124 - NaN, NaT
         if not numpy.any(differs):
             return None
         first = tuple(int(index) for index in numpy.argwhere(differs)[0]) if expected.shape else ()
-        at = f"[{', '.join(map(str, first))}]" if first else ""
-        return path + at, f"is {short(found[first])} instead of {short(expected[first])}"
+        return f"[{', '.join(map(str, first))}]" if first else "", f"is {short(found[first])} instead of {short(expected[first])}"
 
 
 def _are_equal(expected: Any, found: Any) -> bool:

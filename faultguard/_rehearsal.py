@@ -16,7 +16,7 @@ import msgspec
 
 from faultguard import _session
 from faultguard._core.records import HAND_WRITTEN, Place, Snapshot
-from faultguard._core.schedule import Every, Schedule
+from faultguard._core.schedule import NOW, Every, Schedule
 from faultguard._handle import Checkpoint
 from faultguard.errors import StalledError, UsageError
 
@@ -53,25 +53,27 @@ class Kill:
         how: at a boundary, its snapshot taken; at the end of a batch's body, before it counts; at a line in a batch's body.
         number: of that snapshot, end of a batch, or batch handed out, in this attempt, from 0.
         takes: the numbers of the snapshots that are taken before; the others would only cost time.
+        wakes: the batch handed out from which on all is counted; before it nothing happens that matters.
         line: the number of that line event in the batch.
-        where: in words.
     """
 
     how: Literal["boundary", "end", "line"]
     number: int
     takes: frozenset[int] = frozenset()
+    wakes: Seen | None = None
     line: int = 0
-    where: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """A moment of an attempt: its number, whose it was, where the loops stood, how many snapshots were taken before."""
+    """A moment of an attempt: its number among its like, whose it was, where the loops stood, and what had been counted before."""
 
     number: int
     key: Key
     place: Place
     snapshots: int
+    ends: int
+    bodies: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +129,9 @@ class Attempt:
         self._kill = kill
         self._has_task = False
         self._ended: set[Key] = set()
+        self.schedule = _EveryBoundary(1, 0.0)
+        if not watched and (kill is None or kill.wakes is not None):
+            self.schedule.look_at = math.inf
         self._lines = Lines(self, kill) if traced or (kill is not None and kill.how == "line") else None
 
     # --- handles ---
@@ -157,9 +162,15 @@ class Attempt:
 
     # --- what happens ---
 
-    def begins_loop(self) -> None:
-        """A loop of a recorded handle: what else is called, is not the task."""
+    def batches_of(self, handle: Rehearsed, loop: Loop, items: Iterator[Any]) -> Iterator[Any]:
+        """The batches of a loop, looked at on their way. What else is called from now on, is not the task."""
         self._has_task = True
+        return self._follow(handle, loop, items) if self.seen is not None or self._kill is not None else items
+
+    def _follow(self, handle: Rehearsed, loop: Loop, items: Iterator[Any]) -> Iterator[Any]:
+        for item in items:
+            self._hands_out(handle, loop, _user_of(sys._getframe(1)))  # noqa: SLF001 - of the generator that asks
+            yield item
 
     def takes(self) -> bool:
         """A boundary: whether its snapshot is needed."""
@@ -173,7 +184,7 @@ class Attempt:
         if snapshot is not None:
             self.world[handle.key] = snapshot
         if self.seen is not None:
-            self.seen.boundaries.append(Seen(number, handle.key, handle.place, number))
+            self.seen.boundaries.append(self._now(number, handle))
         self._die_at("boundary", number)
 
     def ends_batch(self, handle: Rehearsed, loop: Loop | None) -> None:
@@ -184,16 +195,19 @@ class Attempt:
         if self._lines is not None:
             self._lines.ends(loop)
         if self.seen is not None:
-            self.seen.ends.append(Seen(number, handle.key, handle.place, self.snapshots))
+            self.seen.ends.append(self._now(number, handle))
         self._die_at("end", number)
 
-    def hands_out(self, handle: Rehearsed, loop: Loop, frame: FrameType | None) -> None:
+    def _hands_out(self, handle: Rehearsed, loop: Loop, frame: FrameType | None) -> None:
         """A batch goes to the body in `frame`."""
         self._goes_on()
         number = self.bodies
         self.bodies += 1
+        if self._kill is not None and self._kill.wakes is not None and number == self._kill.wakes.number:
+            self.schedule.look_at = NOW
+            self.snapshots, self.ends = self._kill.wakes.snapshots, self._kill.wakes.ends
         if self.seen is not None:
-            self.seen.bodies.append(Seen(number, handle.key, handle.place, self.snapshots))
+            self.seen.bodies.append(self._now(number, handle))
             self.seen.lines.append([])
             if frame is not None and frame.f_code not in self.seen.codes:
                 self.seen.codes.append(frame.f_code)
@@ -204,6 +218,9 @@ class Attempt:
         """The outcome of a block is durable."""
         self._ended.add(handle.key)
         self.boundary(handle, snapshot)
+
+    def _now(self, number: int, handle: Rehearsed) -> Seen:
+        return Seen(number, handle.key, handle.place, self.snapshots, self.ends, self.bodies)
 
     def interrupt(self) -> None:
         """Raise what the body must let through."""
@@ -220,12 +237,17 @@ class Attempt:
 
 
 class _EveryBoundary(Schedule):
-    """Every boundary is looked at, whatever `every` says."""
+    """Every boundary is looked at, or none, whatever `every` says."""
 
     __slots__ = ()
 
-    def configure(self, every: Every) -> None:  # noqa: ARG002 - the point
-        super().configure(1)
+    def __init__(self, every: Every, now: float) -> None:
+        super().__init__(every, now)
+        self.look_at = NOW
+
+    def configure(self, every: Every) -> None:  # noqa: ARG002 - whatever it is
+        """Not by the task."""
+        self._every = 1
 
     def boundary(self, now: float, batches: int = 1) -> bool:  # noqa: ARG002
         return True
@@ -246,7 +268,7 @@ class Rehearsed(Checkpoint):
             worker_id=key[1],
             journal=None,
             snapshot=attempt.world.get(key),
-            schedule=_EveryBoundary(1, 0.0),
+            schedule=attempt.schedule,
             attempt=attempt.number,
             token=attempt.number,
             state=state,
@@ -262,13 +284,12 @@ class Rehearsed(Checkpoint):
     def finish(self) -> Snapshot:
         """No boundary: what is durable with it is the outcome."""
         self._is_over = True
+        if self._told.seen is None and not self._is_block:
+            return _NOT_TAKEN  # that it can be saved was seen before
         return super().finish()
 
     def _batches_of(self, iterable: Any, loop: Loop) -> Iterator[Any]:
-        self._told.begins_loop()
-        for item in super()._batches_of(iterable, loop):
-            self._told.hands_out(self, loop, _user_of(sys._getframe(1)))  # noqa: SLF001 - of the generator that asks
-            yield item
+        return self._told.batches_of(self, loop, super()._batches_of(iterable, loop))
 
     def _hear(self) -> None:
         super()._hear()

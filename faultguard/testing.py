@@ -19,8 +19,8 @@ import inspect
 import io
 import sys
 import time
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
 
 from ray import cloudpickle
 
@@ -178,7 +178,6 @@ class Trial:
 
     kills: tuple[Kill, ...]
     text: str
-    line: Line | None = None
 
 
 class Rehearsal:
@@ -282,7 +281,7 @@ class Rehearsal:
     # --- kills ---
 
     def _at_boundaries(self) -> list[Trial]:
-        kills = (Kill("boundary", seen.number, self._takes(seen.snapshots + 1)) for seen in self.story.boundaries)
+        kills = (self._kill("boundary", seen.number, self._takes(seen.number + 1), seen.bodies) for seen in self.story.boundaries)
         texts = (f"killed at the boundary {_at(seen, after=True)}" for seen in self.story.boundaries)
         return [Trial((kill,), text) for kill, text in zip(kills, texts, strict=True)]
 
@@ -317,11 +316,17 @@ class Rehearsal:
         ]
 
     def _end(self, seen: Seen, *, lags: bool = False) -> Kill:
-        return Kill("end", seen.number, self._takes(seen.snapshots, seen.key if lags else None))
+        return self._kill("end", seen.number, self._takes(seen.snapshots, seen.key if lags else None), seen.bodies)
 
     def _line(self, seen: Seen, number: int, line: Line) -> Trial:
         text = f"interrupted inside {_at(seen)}, at line {line.line} of {line.file.rpartition('/')[2]}"
-        return Trial((Kill("line", seen.number, self._takes(line.snapshots), number),), text, line)
+        kill = self._kill("line", seen.number, self._takes(line.snapshots), seen.bodies)
+        return Trial((replace(kill, line=number),), text)
+
+    def _kill(self, how: Literal["boundary", "end", "line"], number: int, takes: frozenset[int], bodies: int) -> Kill:
+        """A kill before which `bodies` batches were handed out: the attempt wakes at the last one before all that matters."""
+        first = min([bodies, *(self.story.boundaries[at].bodies for at in takes)])
+        return Kill(how, number, takes, wakes=self.story.bodies[first - 1] if first else None)
 
     def _takes(self, before: int, lags: Key | None = None) -> frozenset[int]:
         """Which of the first snapshots are the newest of their workers; of a worker that lags the one before."""

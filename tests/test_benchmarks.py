@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from benchmarks.budget import Measured
 
 RUN = Path(__file__).resolve().parents[1] / "benchmarks" / "run.py"
-IN_PROCESS = ("loop", "snapshot", "durable")  # the rows that need no cluster
+IN_PROCESS = ("loop", "snapshot", "durable", "resumable")  # the rows that need no cluster
 LATER = "named"
 
 
