@@ -1,4 +1,4 @@
-"""The performance budget, as one table: what is promised, how it is measured, and what belongs to a later part."""
+"""The performance budget, as one table: what is promised, and how it is measured."""
 
 from __future__ import annotations
 
@@ -56,8 +56,7 @@ class Item:
         bar: to be met.
         unit: of the bar and the value.
         at_least: whether more is better.
-        function: `module:function` in this folder; empty where it belongs to a later `part`.
-        part: of the project that brings what it measures.
+        function: `module:function` in this folder.
         gates: whether `--check` fails when it misses.
     """
 
@@ -65,8 +64,7 @@ class Item:
     what: str
     bar: float
     unit: str
-    function: str = ""
-    part: int = 1
+    function: str
     at_least: bool = False
     gates: bool = False
 
@@ -88,9 +86,9 @@ BUDGET = (
     Item("tasks", "no-op tasks, unnamed run: throughput over plain Ray", 0.6, "x", "tasks:throughput", at_least=True),
     Item("auto", '`every="auto"`: main thread inside faultguard + its threads, over wall time', 1, "%", "tasks:auto"),
     Item("named", "no-op tasks, named run: throughput over plain Ray", 0.3, "x", "tasks:named", at_least=True),
-    Item("resumable", "`check_resumable` over a loop of 100 batches", 1, "s", part=3),
+    Item("resumable", "`check_resumable` over a loop of 100 batches", 1, "s", "handle:resumable"),
     Item("manager", "manager: CPU at ten times the workers of a 5 s interval", 50, "% of a core", "listening:manager"),
     Item("frozen", "frozen node: next attempt started by Ray → first batch", 2, "s", "disasters:frozen"),
     Item("killed", "120 s of work killed after every 10 s, over undisturbed", 1.3, "x", "disasters:killed"),
 )
-"""The rows of the budget in `docs/design.md`. What has no function is listed as not measured, never guessed."""
+"""The rows of the budget in `docs/design.md`."""

@@ -3,7 +3,7 @@
     python benchmarks/run.py [--quick] [--only loop,durable] [--json FILE] [--check]
 
 Only ratios mean anything, and only those of one run: the machine is the same, and the variants took turns. What misses its bar
-is followed by where its time goes. Rows of later parts are listed as not measured.
+is followed by where its time goes.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ DISK = "/var/tmp"  # noqa: S108 - /tmp is memory on many systems, where an fsync
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A row of the budget and what came of it: a measurement, an error, or neither where it belongs to a later part."""
+    """A row of the budget and what came of it: a measurement, or an error."""
 
     item: Item
     measured: Measured | None = None
@@ -45,7 +45,7 @@ class Row:
         """In one word, or two."""
         if self.measured is not None:
             return "meets" if self.item.meets(self.measured.value) else "MISSES"
-        return "NOT MEASURED" if self.error else f"part {self.item.part}"
+        return "NOT MEASURED"
 
     def as_json(self) -> dict[str, object]:
         """For a machine."""
@@ -101,8 +101,6 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def _measure(item: Item, *, quick: bool, parent: str) -> Row:
     """One row, in a directory of its own."""
-    if not item.function:
-        return Row(item)
     module, _, name = item.function.partition(":")
     try:
         with tempfile.TemporaryDirectory(prefix="faultguard-bench-", dir=parent, ignore_cleanup_errors=True) as directory:

@@ -3,6 +3,8 @@
 Decorate a Ray task with `recoverable`, wrap its loop in `batches`. `docs/` explains what is guaranteed.
 """
 
+from typing import TYPE_CHECKING
+
 from faultguard._checkpointed import batches, checkpointed, current
 from faultguard._failover import recommended_ray_env
 from faultguard._get import get
@@ -27,6 +29,19 @@ from faultguard.errors import (
     UsageError,
 )
 from faultguard.policy import Backoff
+
+if TYPE_CHECKING:
+    from faultguard import testing as testing
+else:
+
+    def __getattr__(name: str) -> object:
+        """`faultguard.testing` is imported when it is asked for: no task has to pay for it."""
+        if name == "testing":
+            import importlib
+
+            return importlib.import_module("faultguard.testing")
+        raise AttributeError(f"module 'faultguard' has no attribute {name!r}")
+
 
 __version__ = "0.1.0"
 

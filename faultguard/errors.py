@@ -26,6 +26,7 @@ __all__ = [
     "ManagerUnavailableError",
     "MaxFailuresExceeded",
     "OtherStoreError",
+    "ResumabilityError",
     "RunInUseError",
     "RunMismatchError",
     "StalledError",
@@ -115,6 +116,22 @@ class DuplicateWorkerError(FaultguardError):
     """Another live task holds this worker id."""
 
     worker_id: str
+
+
+class ResumabilityError(FaultguardError, AssertionError):
+    """`faultguard.testing.check_resumable` has found a kill after which a task does not end as it does undisturbed.
+
+    Attributes:
+        task: name of the function.
+        kill: where it was killed.
+        path: of the first value that differs, `result["rows"][3]`; empty where it is not a value.
+        footguns: what is known to lead to this and was found in the source, each with what to write instead.
+    """
+
+    task: str
+    kill: str
+    path: str
+    footguns: tuple[str, ...]
 
 
 class RunInUseError(FaultguardError):

@@ -51,6 +51,8 @@ LAYERS = [  # each may import those above it, and its own; `_session`, `_events`
     {"_recoverable", "_packing"},
     {"__init__", "_doctor"},
     {"cli"},
+    {"_difference", "_hints", "_rehearsal", "_other_process"},
+    {"testing"},
 ]
 
 
