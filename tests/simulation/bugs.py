@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from tests.model import VARIANTS, Variant
+from tests.simulation.tokens import plant
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from tests.simulation.library import Library
 
 __all__ = ["BUGS"]
 
 RULES = "faultguard._core.log"
 LATE = 'return "claim" if owner.writer == me.owner.writer else "refuse"'
 
-BUGS = {
+BUGS: dict[str, Variant | Callable[[Library], None]] = {
     **{
         name: VARIANTS[name]
         for name in (
@@ -17,7 +25,6 @@ BUGS = {
             "no second listing",
             "claims deleted by retention",
             "order of claims by arrival",
-            "blind re-create",
             "unanswered create forgotten",
             "older driver admitted",
             "every crash blamed on the batch of its last record",
@@ -37,18 +44,7 @@ BUGS = {
         "if isinstance(self._opened, Deferred) and stays_with_its_owner(value) and self._is_over():",
         "if isinstance(self._opened, Deferred) and self._is_over():",
     ),
-    "deferred attempt claims after its end": Variant(
-        "faultguard._deferred", "self._over = self._worker is None", "return self._worker is None"
-    ),
-    "what was offered before a late claim is lost": Variant("faultguard._deferred", "journal.offer(*self._newest)", "pass"),
-    "snapshot written after the end": Variant(
-        "faultguard._journal",
-        "if snapshot is None or self.superseded or self._closed:",
-        "if snapshot is None or self.superseded:",
-    ),
     "absence of the process counts as a stall": Variant("faultguard._watcher", "awake = _clock.read(now)", "awake = now"),
     "stall that arrives after its batch": Variant("faultguard._stall", "_set_async(self._thread, None)", "pass"),
-    "batch counted although the attempt stalled in it": Variant("faultguard._stall", "raise self._stalled.with_traceback(None)", "pass"),
-    "journal without its lock": Variant("faultguard._journal", "self._lock = threading.Lock()", "self._lock = _NoLock()"),
+    "newest token wins": plant,
 }
-del BUGS["journal without its lock"]

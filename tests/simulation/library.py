@@ -49,10 +49,20 @@ class Library:
     """The copies, wired to whatever simulation is in `sim`.
 
     Args:
-        bug: a line to be switched.
+        bug: a line to be switched, or what else is to be done to the copies.
+
+    Attributes:
+        fair: the store works.
+        only: violations of other guarantees end a schedule, and are not told.
+        sky: the world, if another one than the usual.
+        ledger: likewise.
     """
 
-    def __init__(self, bug: Variant | None = None) -> None:
+    def __init__(self, bug: Variant | Callable[[Library], None] | None = None) -> None:
+        self.fair = False
+        self.only = ""
+        self.sky: Any = None
+        self.ledger: Any = None
         self.sim: Any = None
         self._copies: dict[str, ModuleType] = {}
         self._installed: Any = None  # the process that runs
@@ -62,10 +72,12 @@ class Library:
                 copy = ModuleType(name)
                 copy.__dict__["Sidecar"] = self._sidecar()
             else:
-                source = switched_source(bug) if bug is not None and bug.module == name else source_of(name)
+                source = switched_source(bug) if isinstance(bug, Variant) and bug.module == name else source_of(name)
                 copy = execute(name, source, self._copies)
             self._copies[name] = copy
         self._wire()
+        if bug is not None and not isinstance(bug, Variant):
+            bug(self)
 
     def __getattr__(self, short: str) -> Any:
         """A copy: `library.attempt`, `library.log` (the rules)."""

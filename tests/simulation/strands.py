@@ -21,6 +21,7 @@ __all__ = ["Aside", "Home", "Killed", "Scheduler", "Strand", "StrandLock"]
 
 MAX_STEPS = 60_000
 STUCK_S = 60.0  # of the real clock
+LATE = 0.3  # that what a watcher has set arrives a moment later
 STAYS = 0.6  # that a strand goes on when others of its process could
 
 
@@ -168,7 +169,7 @@ class Scheduler:
             me.carrier.turn.acquire()
         if me.dead:
             raise Killed
-        if me.pending is not None:
+        if me.pending is not None and not (me.struck and self.rng.random() < LATE):
             error, me.pending = me.pending, None
             self.arrives(me)
             raise error()
