@@ -91,6 +91,9 @@ class BlindLedger(SimLedger):
     def outcome(self, life: int, value: bytes) -> None:
         """Nothing."""
 
+    def _in_turn(self, first: Grant, second: Grant) -> bool:
+        return False
+
     def _check_fence(self, grant: Grant, promise: Promise) -> None:
         """Nothing."""
 
