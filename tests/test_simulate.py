@@ -33,7 +33,7 @@ FOUND_AT = {  # the first seed, when this was written: a little before it the se
     "large result of a deferred task leaves no end": 138,
     "absence of the process counts as a stall": 24,
     "stall that arrives after its batch": 441,
-    "newest token wins": 531,
+    "newest token wins": 359,
 }
 PLACES = (  # where schedules must get to, or all this would mean little
     "is superseded",

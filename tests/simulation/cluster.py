@@ -16,7 +16,6 @@ import msgspec
 from faultguard import _codec
 from faultguard._ray import Identity
 from faultguard._settings import Settings
-from faultguard.errors import CheckpointStoreError
 from faultguard.policy import Backoff
 from tests.model import POLICIES, Grant, Incarnation, Ledger, Violation, Weather, World
 from tests.simulation.process import FreshError, PlantedError, Process, whole
@@ -33,6 +32,7 @@ __all__ = ["Cluster", "Sky", "Task"]
 
 MAX_PROCESSES = 8
 BURSTS = (1, 2, 3, 5, 10, 20, 40, 80)
+FAIR_BURSTS = (5, 5, 10, 10, 20)
 LOOK_SHARE = 0.2  # two looks of the watcher, over the timeout: what one absence may count for
 GRACE_S = 0.5
 TIMEOUT_S = 5.0
@@ -196,8 +196,11 @@ class Cluster(Scheduler):
         self.poison = rng.choice((-1, -1, -1, 0, 1))
         self.weather, self.storm = Weather.of(rng), Storm.of(rng)
         if library.fair:
-            self.weather = replace(self.weather, faults=0.0, old_listings=0.0)
-            self.storm = replace(self.storm, outages=0.0, power=0.0)
+            self.poison, self.every, self.batches = -1, 1, 8
+            self.weather = replace(self.weather, faults=0.0, old_listings=0.0, deaths=0.05, arrivals=0.3)
+            self.storm = replace(
+                self.storm, outages=0.0, power=0.0, signals=0.0, raises=0.0, hangs=0.0, leaps=0.0, false_alarms=0.0, exits=0.0
+            )
         self.preempts = self.storm.preempts
         self.worker_id = "t1" if self.kind == "deferred" else "w"
         self.world = (library.sky or Sky)(
@@ -209,11 +212,10 @@ class Cluster(Scheduler):
         self.options = self._options()
         self.tasks: list[Task] = []
         self.epoch = int(self.kind == "named")
-        self.bursts = rng.choice((8, 15, 30))
+        self.bursts = rng.choice((8, 15, 30)) * (1 + library.fair)
         self.calm = False
         self.last: Process | None = None
         self.outage_until = -math.inf
-        self.failed_until = -math.inf  # when the store has failed last
         self.deleted: dict[int, bytes] = {}
         self.final_token: int | None = None
         self._cpu_s = 0.0
@@ -305,13 +307,10 @@ class Cluster(Scheduler):
             self.deleted[op.number] = self.world.records.get(op.number, self.deleted.get(op.number, b""))
         try:
             reply = self.world.perform(cast("Incarnation", process), op, fault, self.rng.random())
-        except CheckpointStoreError:
-            self.failed_until = self.now
-            raise
         except AssertionError as error:
             self.fails(error)
-        if fault:
-            self.failed_until = self.now
+        finally:
+            process.met_fault = process.met_fault or bool(fault)
         if self.rng.random() < 0.1:
             self.pause()
         return reply
@@ -467,8 +466,8 @@ class Cluster(Scheduler):
         return any(old.record.owner.writer != process.name and old.record.number > token for old in self.world.landed)
 
     def store_failed(self, process: Process) -> bool:
-        """Whether the store has failed at all since; with no patience one failure is enough."""
-        return self.failed_until > -math.inf and not self.calm
+        """Whether a process has met a fault of the store, and had patience: which is counted from when it began to ask."""
+        return process.met_fault and self.now >= process.born + self.patience_s
 
     def failed_for_good(self, process: Process) -> None:
         """The user is told so: it stands in the log."""
@@ -545,7 +544,7 @@ class Cluster(Scheduler):
             self._signals(rng.choice(alive))
         alive = [process for process in alive if self.can_go_on(process)]
         if alive:
-            self._burst(rng.choice(alive), rng.choice(BURSTS))
+            self._burst(rng.choice(alive), rng.choice(BURSTS if not self.library.fair else FAIR_BURSTS))
 
     def _burst(self, process: Home, steps: int) -> None:
         if self.home is not process:

@@ -52,7 +52,7 @@ class Library:
         bug: a line to be switched, or what else is to be done to the copies.
 
     Attributes:
-        fair: the store works.
+        fair: the store works, nobody fails, and the bursts are such that a process is often frozen before its first save.
         only: violations of other guarantees end a schedule, and are not told.
         sky: the world, if another one than the usual.
         ledger: likewise.

@@ -52,6 +52,8 @@ class Process(Home):
         self.life = 1  # of the outcome that it gives
         self.begun = False  # the user's code
         self.last_begun = -1  # batch
+        self.born = sim.now
+        self.met_fault = False  # of the store
         self.handle: Any = None
         self.batch_awake_s = 0.0  # when its batch began, by its own time, and how often it had been absent by then
         self.batch_absences = 0

@@ -57,7 +57,7 @@ def _append(log: Any, original: Callable[..., Any]) -> Callable[..., Any]:
     def append(held: Any, record: Record) -> Generator[Any, Any, bool]:
         for _ in range(TRIES):
             number = max((yield log.List()), default=0) + 1
-            token = number if record.kind == "claim" else record.token
+            token = number if record.kind == "claim" and not record.owner.local_retry else held.token
             if (yield from original(held, log.replace_record(record, number=number, token=token))):
                 return True
         return False
@@ -83,7 +83,12 @@ class BlindSky(Sky):
 
 
 class BlindLedger(SimLedger):
-    """Knows only the resume points."""
+    """Knows only the resume points of those who load; a retry in the process goes on from what it has in hand."""
+
+    def grant(self, new: Grant) -> None:
+        """As ever, of a first attempt of a process."""
+        if not new.owner.local_retry:
+            super().grant(new)
 
     def follows(self, new: Record, old: Record, moment: int) -> None:
         """Nothing."""
