@@ -10,10 +10,12 @@ ARGS ?=
 JOBS ?= 2
 MINUTES ?= 5
 SEED ?=
+SEEDS ?= 10000
+FROM ?= 0
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test soak lint types coverage bench build test-lowest system-packages clean
+.PHONY: help venv demo test soak simulate lint types coverage bench build test-lowest system-packages clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z][a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -35,6 +37,9 @@ test: $(STAMP) system-packages ## run all tests, in JOBS processes: a file of te
 
 soak: $(STAMP) ## all faults at random, on three nodes of this machine: make soak MINUTES=30 [SEED=7]
 	$(RUN) -m tests.soak --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
+
+simulate: $(STAMP) ## the library in simulated schedules, 5000 a minute: make simulate SEEDS=100000 [FROM=0]
+	$(RUN) -m tests.simulate --seeds $(SEEDS) --from $(FROM) $(ARGS)
 
 lint: $(STAMP) ## ruff: rules and format
 	$(RUN) -m ruff check

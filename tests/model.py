@@ -649,7 +649,7 @@ class World:
         self.records[number] = data
         self.events.append(("create", number))
         self.landed.append(Landing(now, record))
-        check_whole(record.snapshot)
+        self.check_whole(record)
         if number <= newest:  # in a gap: nobody goes by it
             return
         if newest:
@@ -664,6 +664,10 @@ class World:
             self.ledger.failed_ends.append((record.life, now))
         if record.outcome is not None and record.outcome.status == "completed":
             self.ledger.outcome(record.life, bytes(record.outcome.value))
+
+    def check_whole(self, record: Record) -> None:
+        """What is saved is of a boundary."""
+        check_whole(record.snapshot)
 
     def _delete(self, number: int) -> None:
         if self.backend is not None:
@@ -983,27 +987,33 @@ def broken(variant: Variant) -> tuple[Any, type[World]]:
         return _switched(variant), World
     if variant.module == "faultguard._core.budget":
         other = _switched(variant)
-        log = _execute(true_rules.__name__, _source(true_rules.__name__), {"faultguard._core.budget": other})
+        log = execute(true_rules.__name__, source_of(true_rules.__name__), {"faultguard._core.budget": other})
         return log, World
     return true_rules, _switched(variant).World
 
 
 def _switched(variant: Variant) -> ModuleType:
-    lines = _source(variant.module).splitlines()
+    return execute(variant.module, switched_source(variant), {})
+
+
+def switched_source(variant: Variant) -> str:
+    """The source of a module with that line switched."""
+    lines = source_of(variant.module).splitlines()
     found = [index for index, line in enumerate(lines) if line.strip() == variant.line]
     assert len(found) == 1, f"{variant.line!r} occurs {len(found)} times in {variant.module}"
     indent = lines[found[0]][: -len(variant.line)]
     lines[found[0]] = indent + variant.instead
-    return _execute(variant.module, "\n".join(lines), {})
+    return "\n".join(lines)
 
 
-def _source(module: str) -> str:
+def source_of(module: str) -> str:
+    """The source of a module."""
     path = import_module(module).__file__
     assert path is not None
     return Path(path).read_text("utf-8")
 
 
-def _execute(name: str, source: str, instead: dict[str, ModuleType]) -> ModuleType:
+def execute(name: str, source: str, instead: dict[str, ModuleType]) -> ModuleType:
     """Run a source as a module of the same name and package, which sees `instead` of some others. Nothing of it stays."""
     module = ModuleType(name)
     module.__package__ = name.rpartition(".")[0]
