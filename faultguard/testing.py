@@ -102,7 +102,7 @@ def check_resumable(
         max_kills: how many kills are tried; of more than that a part, evenly spread, and the report says so.
         max_seconds: likewise; as many kills as take about so long.
         other_process: whether it goes on in a new process as well, with another hash seed, where sets have another order and nothing of
-            this process is left. Takes a second or so. None: if the task has to do with sets or hashes.
+            this process is left; `effects` are not compared there. Takes a second or so. None: if the task has to do with sets or hashes.
 
     Returns:
         What was tried.

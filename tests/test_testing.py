@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import pickle
 import random
 import subprocess
@@ -18,7 +19,7 @@ import ray
 import faultguard
 from faultguard import FaultguardError, UsageError, batches, checkpointed, current, recoverable
 from faultguard._difference import difference
-from faultguard.testing import ResumabilityError, ResumabilityReport, check_resumable
+from faultguard.testing import Rehearsal, ResumabilityError, ResumabilityReport, check_resumable
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -494,6 +495,42 @@ def test_every_line_of_a_body_is_interrupted() -> None:
 
     with pytest.raises(ResumabilityError, match="went on as if nothing had happened"):
         check_resumable(task, 1)
+
+
+def test_only_lines_of_the_body_are_interrupted() -> None:
+    """Each once, in order: not the end of a `with`, which has the line of its beginning, nor the `for`, which is not in the body."""
+
+    def task(items: list[int]) -> Any:
+        ckpt = current()
+        for item in ckpt.batches(items):
+            with contextlib.nullcontext():
+                first = item + 1
+                ckpt.state["n"] = first
+        return ckpt.state["n"]
+
+    rehearsal = Rehearsal(task, pickle.dumps(((NUMBERS,), {})))
+    trials, _ = rehearsal.plan(1000, 60.0)
+    first = task.__code__.co_firstlineno
+    lines = [int(trial.text.partition("at line ")[2].partition(" ")[0]) - first for trial in trials if "at line" in trial.text]
+    assert sorted(lines) == [3, 4] + 8 * [5]
+
+
+def test_an_interruption_that_is_told_later_was_swallowed() -> None:
+    """A task that collects what was raised in its batches, and raises at the end, has gone on meanwhile."""
+
+    def task(items: list[int]) -> None:
+        errors = []
+        for item in batches(items):
+            try:
+                errors += [item] if item > 100 else []
+            except Exception as error:  # noqa: BLE001 - the trap
+                errors.append(0)
+                print(error)
+        if errors:
+            raise RuntimeError(errors)
+
+    with pytest.raises(ResumabilityError, match="went on as if nothing had happened"):
+        check_resumable(task, NUMBERS)
 
 
 def test_a_lock_is_released() -> None:
