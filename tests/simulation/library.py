@@ -39,6 +39,7 @@ COPIED = (  # each sees the copies before it
     "_sentences",
     "_watcher",
     "_worker",
+    "_soon",
     "_deferred",
     "_attempt",
 )
@@ -97,13 +98,13 @@ class Library:
             watcher._clients, watcher._clock, watcher._mark_at = globals_.clients, globals_.clock, globals_.mark_at
             watcher._lock = globals_.lock
             self.worker.held_here = self.attempt.held_here = globals_.held_here
-            self.deferred._timer = globals_.timer
+            self.soon._soon = globals_.soon
 
     def globals_of_a_process(self) -> SimpleNamespace:
         """What a new process has."""
         watcher = self.watcher
         return SimpleNamespace(
-            clients={}, clock=watcher.AwakeClock(), mark_at=math.inf, lock=self._lock(), held_here={}, timer=self.deferred._Timer()
+            clients={}, clock=watcher.AwakeClock(), mark_at=math.inf, lock=self._lock(), held_here={}, soon=self.soon._Soon()
         )
 
     # --- wiring ---
@@ -113,8 +114,9 @@ class Library:
 
     def _wire(self) -> None:
         rules, attempt, journal, worker = self.log, self.attempt, self.journal, self.worker
-        deferred, stall, watcher = self.deferred, self.stall, self.watcher
+        deferred, soon, stall, watcher = self.deferred, self.soon, self.stall, self.watcher
         attempt.rules = journal.rules = rules
+        attempt._soon = deferred._soon = soon
         clock = _Clock(self)
         threads = SimpleNamespace(
             Lock=self._lock,
@@ -123,14 +125,14 @@ class Library:
             local=SimpleNamespace,
         )
         events = SimpleNamespace(emit=self._event, emit_beside=self._event, report=self._report)
-        for module in (attempt, journal, worker, deferred, watcher, self.handle, self.sentences):
+        for module in (attempt, journal, worker, deferred, soon, watcher, self.handle, self.sentences):
             module.time = clock
-        for module in (journal, worker, deferred, stall):
+        for module in (journal, worker, deferred, soon, stall):
             module.threading = threads
         for module in (attempt, journal, worker, watcher, self.sentences):
             module._events = events
         stall._set_async = self._set_async
-        deferred.os = SimpleNamespace(register_at_fork=lambda **_: None)
+        soon.os = SimpleNamespace(register_at_fork=lambda **_: None)
         watcher._marks = SimpleNamespace(write=lambda *_, **__: None, erase=lambda: None)
         worker._watcher, worker._beater = watcher, _Beater(self)
         worker._ray = SimpleNamespace(runs_several=lambda: False)
@@ -145,7 +147,7 @@ class Library:
         attempt.is_cancelled = lambda *_: False
         attempt.is_dead = lambda process: self.sim.is_dead(process.pid)
         attempt.this_process = lambda: ProcessId(BOOT, self.sim.current.home.pid, 1)
-        attempt.uuid = SimpleNamespace(uuid4=lambda: SimpleNamespace(hex=self.sim.current.home.name))
+        attempt.new_writer = lambda: self.sim.current.home.name
         attempt._last_beat = lambda *_: self.sim.last_beat()
 
     def _set_async(self, ident: int, error: type[BaseException] | None) -> bool:
