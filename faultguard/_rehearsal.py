@@ -118,18 +118,18 @@ class Attempt:
     def __init__(
         self, world: World | None = None, *, number: int = 1, kill: Kill | None = None, watched: bool = False, traced: bool = False
     ) -> None:
-        self.world = dict(world or {})
-        self.number = number
-        self.killed = False
-        self.swallowed = False  # it went on after that
-        self.seen = Story() if watched else None
-        self.snapshots = 0
-        self.ends = 0
-        self.bodies = 0
+        self.world: World = dict(world or {})
+        self.number: int = number
+        self.killed: bool = False
+        self.swallowed: bool = False  # it went on after that
+        self.seen: Story | None = Story() if watched else None
+        self.snapshots: int = 0
+        self.ends: int = 0
+        self.bodies: int = 0
         self._kill = kill
         self._has_task = False
         self._ended: set[Key] = set()
-        self.schedule = _EveryBoundary(1, 0.0)
+        self.schedule: Schedule = _EveryBoundary(1, 0.0)
         if not watched and (kill is None or kill.wakes is not None):
             self.schedule.look_at = math.inf
         self._lines = Lines(self, kill) if traced or (kill is not None and kill.how == "line") else None

@@ -191,8 +191,8 @@ class Rehearsal:
         self._effects = effects or (lambda: None)
         self._reset = reset or (lambda: None)
         self._decorated = isinstance(function, RecoverableFunction) or hasattr(function, "__faultguard__")
-        self.name = getattr(function, "__qualname__", type(function).__name__)
-        self.story = Story()
+        self.name: str = getattr(function, "__qualname__", type(function).__name__)
+        self.story: Story = Story()
         self._bodies: list[list[Line]] = []
         self._seconds = 0.0
         self._value: Any = None

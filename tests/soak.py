@@ -102,6 +102,7 @@ class Soak:
         self.jobs: dict[str, Job] = {}
         self.drivers: list[Driver] = []
         self.happened: set[str] = set()
+        self.sick: list[tuple[float, float]] = []
         self.live: dict[Any, Job] = {}
         self._wanted: queue.Queue[Future[Any]] = queue.Queue()
         self._servers: dict[str, Any] = {}
@@ -357,15 +358,16 @@ def cancel(soak: Soak, rng: random.Random, kind: str) -> None:
             if ref is not None:
                 ray.cancel(ref, force=force)
         else:
-            wait_until(lambda: told_to_cancel(job), WAIT_S)
+            wait_until(lambda: told_to_cancel(soak, job), WAIT_S)
         soak.wait_replaced(kind, job, note["attempt"])
 
 
-def told_to_cancel(job: Job) -> bool:
-    """Try it; the manager may be away just now."""
+def told_to_cancel(soak: Soak, job: Job) -> bool:
+    """Try it; the manager may be away just now. What it was told in vain may arrive all the same, and so cancel twice."""
     try:
         faultguard.cancel(job.worker_id)
     except faultguard.ManagerUnavailableError:
+        soak.faults.append(Fault("faultguard.cancel", job.worker_id))
         return False
     return True
 
@@ -430,6 +432,9 @@ def freeze_node(soak: Soak, rng: random.Random, kind: str) -> None:
         soak.add_node()
         wait_left(soak, node, kind)
         wait_until(lambda: node.node_id not in alive(), WAIT_S)
+    for pid in pids:  # one that was stopped besides has nobody who could end it
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)
     began = time.monotonic()
     wait_until(lambda: raylet.poll() is not None, WAIT_S)  # it learns that it was given up; others see it only when it is reaped
     wait_until(lambda: not any(runs(pid) for pid in pids), WAIT_S)
@@ -510,9 +515,12 @@ def sicken_store(soak: Soak, rng: random.Random, kind: str) -> None:
     what = kind.rpartition(" ")[2]
     with soak.target(rng):  # somebody works
         soak.say(f"{kind}: for {seconds:.1f} s")
+        began = time.time()
         with store_away(soak) if what == "away" else store_sick(soak, what) as is_met:
             time.sleep(seconds)
             wait_until(is_met, WAIT_S)
+        if what != "slow":
+            soak.sick.append((began, time.time()))
 
 
 @contextlib.contextmanager
@@ -624,7 +632,7 @@ def check_driver(soak: Soak, driver: Driver, process: subprocess.Popen[bytes]) -
         if not values or any(tuple(value) != expected(job.size) for value in values):
             soak.wrong(f"{job.worker_id} of {driver.run} gave {str(values)[:200]}, not the result of {job.size} batches: {driver.said()}")
             continue
-        for problem in problems_of(job.worker_id, job.kind, job.trace.notes(), soak.log_of(job, f"{driver.run}/*"), soak.faults):
+        for problem in problems_of(job.worker_id, job.kind, job.trace.notes(), soak.log_of(job, f"{driver.run}/*"), soak.faults, soak.sick):
             soak.wrong(f"{problem} ({driver.run}: {job.kind})")
     driver.read.touch()
     if process.wait(WAIT_S) != 0 or f"run {driver.run!r} (#1) closed: {DRIVEN} completed" not in driver.said():
@@ -727,12 +735,23 @@ def soak_it(soak: Soak) -> None:
     soak.say(f"{len(soak.jobs)} workers; now the checks")
 
 
+def given_up(soak: Soak) -> list[Fault]:
+    """Processes that Ray has ended because they did not answer it in time: with `recommended_ray_env()` a busy machine is too slow."""
+    logs = Path(soak.nodes.directory) / "session_latest" / "logs"
+    late = re.compile(r"Reporting worker exit, worker id = (\w+),.*keepalive")
+    ids = {found for log in logs.glob("gcs_server*.out") for found in late.findall(log.read_text(errors="replace"))}
+    begun = re.compile(r"Started worker process with pid (\d+) worker_id=(\w+)")
+    pids = {who: int(pid) for log in logs.glob("raylet*.out") for pid, who in begun.findall(log.read_text(errors="replace"))}
+    return [Fault("process given up", pid=pids[who]) for who in ids if who in pids]
+
+
 def check(soak: Soak) -> None:
     """Compare what happened with what was done."""
+    soak.faults += given_up(soak)
     unfinished = {job.worker_id for job in soak.live.values()}
     for job in soak.jobs.values():
         if job.worker_id not in unfinished:
-            for problem in problems_of(job.worker_id, job.kind, job.trace.notes(), soak.log_of(job), soak.faults):
+            for problem in problems_of(job.worker_id, job.kind, job.trace.notes(), soak.log_of(job), soak.faults, soak.sick):
                 soak.wrong(f"{problem} ({job.kind})")
     asked = {(f.worker, f.attempt) for f in soak.faults if f.kind in KILLED_BY_US}
     asked |= {(job.worker_id, n["attempt"]) for job in soak.jobs.values() for n in job.trace.notes("fault") if n["kind"] in KILLED_BY_US}
@@ -783,9 +802,9 @@ def report(soak: Soak) -> None:
     print(f"\n{'fault':<24}{'times':>6}{'median s':>10}{'longest s':>11}")
     for kind, seconds in sorted(soak.took.items()):
         print(f"{kind:<24}{len(seconds):>6}{statistics.median(seconds):>10.1f}{max(seconds):>11.1f}")
-    given_up = sum(fault.kind == "node given up" for fault in soak.faults)
-    if given_up:
-        print("Ray gave up nodes by itself: the machine is too busy for its settings")
+    counts = collections.Counter(fault.kind for fault in soak.faults if fault.kind.endswith("given up"))
+    if counts:
+        print(f"Ray gave up by itself, because the machine is too busy for its settings: {dict(counts)}")
 
 
 def main() -> int:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ ENDS = {
     "raylet frozen": {"crash", "terminated"},
     "node drained": {"drained", "crash"},  # who does not leave in time dies with it; only a worker without progress is charged
     "node given up": {"crash"},  # by Ray itself, on a machine that is too busy
+    "process given up": {"crash", "terminated"},  # likewise
 }
 """How each fault may end the attempt that it meets."""
 
@@ -42,6 +44,8 @@ BOUNDED = "bounded"
 UNDECORATED = frozenset({"block", "actor"})  # their exceptions are their callers' business
 EXCUSED = frozenset({"terminated", "drained"})
 TOKENS = 10**9  # per driver of a named run; the rest is the number of the claim
+NOTES = frozenset({"cancelled", "terminated", "drained"})  # ends of which nothing is known if the store takes no note
+NOTE_S = 15.0
 NO_PROGRESS = 3  # an attempt that began no more batches may have saved nothing
 
 
@@ -54,6 +58,14 @@ class Fault:
     attempt: int = 0
     pid: int = 0
     node: str = ""
+    time: float = field(default_factory=time.time)
+
+    def explains(self, cause: str, sick: Sequence[tuple[float, float]] = ()) -> bool:
+        """Whether an attempt that it meets may end so; `sick`: when the store took nothing."""
+        if cause in ENDS[self.kind]:
+            return True
+        unnoted = any(begin < self.time + NOTE_S and self.time < end for begin, end in sick)
+        return cause == "crash" and unnoted and bool(NOTES & ENDS[self.kind])
 
     def reach(self) -> tuple[bool, bool]:
         """What is there for all on a node explains an end before what meets one attempt, and that before what may meet any."""
@@ -69,7 +81,14 @@ class Fault:
         return self.worker == claim.worker_id and self.attempt in {0, claim.attempt}
 
 
-def problems_of(worker: str, kind: str, notes: Sequence[dict[str, Any]], log: Sequence[Record], faults: Sequence[Fault]) -> Iterator[str]:
+def problems_of(
+    worker: str,
+    kind: str,
+    notes: Sequence[dict[str, Any]],
+    log: Sequence[Record],
+    faults: Sequence[Fault],
+    sick: Sequence[tuple[float, float]] = (),
+) -> Iterator[str]:
     """Everything that is wrong with one worker that has completed.
 
     Args:
@@ -78,13 +97,14 @@ def problems_of(worker: str, kind: str, notes: Sequence[dict[str, Any]], log: Se
         notes: its trace.
         log: its records, oldest first.
         faults: all of the soak.
+        sick: from when to when the store took nothing.
     """
     if not log:
         yield f"{worker}: it has completed, and has no log"
         return
     claims = [record for record in log if record.kind == "claim"]
     ordered = [Fault(note["kind"], worker, note["attempt"]) for note in notes if note["what"] == "fault"]
-    yield from _unexplained(worker, kind, claims, notes, [*faults, *ordered], _failed(log))
+    yield from _unexplained(worker, kind, claims, notes, [*faults, *ordered], _failed(log), sick)
     yield from _misses(worker, notes)
     yield from _behind(worker, notes)
     end = log[-1]
@@ -112,6 +132,7 @@ def _unexplained(
     notes: Sequence[dict[str, Any]],
     faults: Iterable[Fault],
     failed: Sequence[Record],
+    sick: Sequence[tuple[float, float]],
 ) -> Iterator[str]:
     """Ends of attempts that nobody caused, and those that were charged and should not have been, or the other way round."""
     left = list(faults)
@@ -121,7 +142,7 @@ def _unexplained(
         end = next((end for end in failed if claim.number < end.number < after.number), None)
         cause = after.predecessor if end is None else end.failures[-1].cause
         where = f"{worker} attempt {claim.attempt} (pid {claim.owner.pid})"
-        found = min((fault for fault in left if fault.meets(claim) and cause in ENDS[fault.kind]), key=Fault.reach, default=None)
+        found = min((fault for fault in left if fault.meets(claim) and fault.explains(cause, sick)), key=Fault.reach, default=None)
         if found is None:
             there = [fault.kind for fault in left if fault.meets(claim)]
             yield f"{where} ended by {cause!r}, which nobody caused; what took place there: {there}"

@@ -107,6 +107,13 @@ def test_what_meets_all_on_a_node_explains_first() -> None:
     assert problems(notes(0, 3, 3), records, Fault("driver frozen", "w1"), Fault("node killed", node=NODE)) == []
 
 
+def test_a_note_that_the_store_did_not_take_is_a_crash() -> None:
+    """An end that is excused is charged then, as is documented; not where the store was well."""
+    told = Fault("SIGTERM", "w1", 1, 101, time=100.0)
+    assert list(problems_of("w1", "each", notes(0, 3), log(), [told], [(90.0, 101.0)])) == []
+    assert len(list(problems_of("w1", "each", notes(0, 3), log(), [told], [(80.0, 99.0)]))) == 1
+
+
 def test_what_was_durable_is_not_behind() -> None:
     """Also where it was told after the successor had begun: that is a zombie whose save was accepted."""
     killed = Fault("SIGKILL", "w1", 1, 101)

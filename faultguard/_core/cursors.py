@@ -45,19 +45,19 @@ class Loop:
     )
 
     def __init__(self, name: str, depth: int, before: int) -> None:
-        self.name = name
-        self.depth = depth
-        self.before = before  # how many were opened before it in its scope
-        self.done = 0
-        self.finished = False
-        self.in_hand = False  # a batch was given out and is not done
+        self.name: str = name
+        self.depth: int = depth
+        self.before: int = before  # how many were opened before it in its scope
+        self.done: int = 0
+        self.finished: bool = False
+        self.in_hand: bool = False  # a batch was given out and is not done
         self.length: int | None = None
         self.last: str | None = None  # fingerprint of the last finished batch, as far as it is known
         self.current: object = None  # the batch in hand, or the last one given out
-        self.last_known = True  # False: `current` is newer than `last`
+        self.last_known: bool = True  # False: `current` is newer than `last`
         self.outside: tuple[int, str] | None = None  # of a batch in which a loop began: its index and fingerprint
-        self.opened = False  # by this attempt; a mark of an earlier one waits until then
-        self.left = False  # early, by this attempt
+        self.opened: bool = False  # by this attempt; a mark of an earlier one waits until then
+        self.left: bool = False  # early, by this attempt
         self.left_at: object = None  # by whoever uses it; this attempt
         self.total: int | None = None
 
