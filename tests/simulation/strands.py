@@ -144,6 +144,8 @@ class Scheduler:
     def leap(self, seconds: float) -> None:
         """Time passes, and everybody is frozen."""
         self.now += seconds
+        for home in self.homes:
+            home.absences += 1
 
     # --- for strands ---
 
