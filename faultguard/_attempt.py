@@ -215,7 +215,9 @@ def _claim_late(
     except (SupersededError, DuplicateWorkerError, CheckpointStoreError):  # there is nothing to give back, or it is tried again
         raise
     except BaseException as error:
-        _give_back(log, me.owner, cause_of_leaving(error))
+        cause = cause_of_leaving(error)
+        if not is_charged(cause, progressed=False):  # else it is a crash to whoever comes next: the body has run
+            _give_back(log, me.owner, cause)
         raise
 
 

@@ -40,17 +40,18 @@ def insist(ask: Callable[[], T], patience_s: float, trouble: Callable[[Checkpoin
 
     Args:
         ask: fails with `CheckpointStoreError`, and may be tried again.
-        patience_s: for how long; then the error is raised.
+        patience_s: for how long from its first error on; then the error is raised.
         trouble: is told each time.
     """
-    deadline = time.monotonic() + patience_s
+    since: float | None = None  # not since it was asked: this process may have been frozen in between
     while True:
         try:
             return ask()
         except OtherStoreError:
             raise
         except CheckpointStoreError as error:
-            if time.monotonic() >= deadline:
+            since = since if since is not None else time.monotonic()
+            if time.monotonic() - since >= patience_s:
                 raise
             trouble(error)
         time.sleep(STORE_RETRY_S)

@@ -18,6 +18,7 @@ import faultguard
 from faultguard import _attempt, _ray, _soon
 from faultguard._core.names import record_number
 from faultguard._core.records import decode_record
+from faultguard._deferred import Deferred
 from faultguard._log import StoredLog
 from faultguard._settings import Settings
 from faultguard.storage import open_store, store_id
@@ -333,6 +334,22 @@ def test_without_a_thread_it_is_claimed_first(settings: Settings, monkeypatch: p
     monkeypatch.setattr(_soon, "is_running", lambda: False)
     execute(settings, loop)
     assert (kinds(settings)[0], kinds(settings)[-1]) == ("claim", "end")
+
+
+@pytest.mark.parametrize(("cut", "charged"), [(SystemExit, 1), (KeyboardInterrupt, 0)], ids=["left", "cancelled"])
+def test_a_late_claim_that_is_cut(settings: Settings, monkeypatch: pytest.MonkeyPatch, cut: type[BaseException], charged: int) -> None:
+    """Its body has run, so it counts, but for a cancel: or an attempt that always ends so would be started for ever."""
+
+    def cuts(*_: object) -> None:
+        raise cut
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Deferred, "take_over", cuts)
+        with pytest.raises(cut):
+            execute(settings, lambda: faultguard.current().token)
+    assert kinds(settings)[0] == "claim"
+    found = execute(settings, lambda: len(faultguard.current().failures), identity=replace(FIRST, attempt=1))
+    assert (found, newest(settings).charged) == (charged, charged)
 
 
 def test_the_thread_begins_again(settings: Settings) -> None:

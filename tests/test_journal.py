@@ -569,3 +569,26 @@ def test_the_thread_serves_the_others_when_one_store_fails(store: Store, caplog:
     broken.die()
     sound.die()
     wait_until(lambda: not is_running())
+
+
+def test_patience_counts_from_the_first_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that was frozen while it asked has not been refused for so long."""
+    clock = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(time, "sleep", lambda seconds: clock.__setitem__(0, clock[0] + seconds))
+    asked: list[float] = []
+    told: list[CheckpointStoreError] = []
+
+    def ask() -> str:
+        asked.append(clock[0])
+        if len(asked) == 1:
+            clock[0] += 1000.0  # frozen
+        if len(asked) < 4:
+            raise CheckpointStoreError("away")
+        return "there"
+
+    assert _journal.insist(ask, 10.0, told.append) == "there"
+    assert len(told) == 3
+    asked[:] = []
+    with pytest.raises(CheckpointStoreError):
+        _journal.insist(ask, 1.0, told.append)

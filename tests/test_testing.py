@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import pickle
 import random
+import re
 import subprocess
 import sys
 import textwrap
@@ -29,6 +30,11 @@ NUMBERS = [3, 1, 4, 1, 5, 9, 2, 6]
 WORDS = [f"word-{number}" for number in range(30)]
 
 # --- traps and their twins ------------------------------------------------------------------------------------------
+
+
+def named(value: object) -> str:
+    """A parameter without its address, which differs between the processes that share the tests."""
+    return re.sub(r" at 0x\w+", "", str(value))
 
 
 def outside(items: list[int]) -> list[int]:
@@ -728,7 +734,7 @@ def generates(items: list[int]) -> Any:
         (a_total_twin, {"max_seconds": -1}, "max_seconds=-1"),
         (a_total_twin, {"effects": 3, "reset": 3}, "effects=3"),
     ],
-    ids=str,
+    ids=named,
 )
 def test_what_cannot_work_is_refused(function: Any, options: dict[str, Any], said: str) -> None:
     """With what to write instead, before anything is killed."""
@@ -864,7 +870,7 @@ class Model:
         (Model(np.zeros(2)), Model(np.ones(2)), "result['weights'][0]"),
         (float("nan"), 1.0, "result"),
     ],
-    ids=str,
+    ids=named,
 )
 def test_the_first_difference_is_named(expected: Any, found: Any, path: str) -> None:
     """With the way to it."""
