@@ -110,6 +110,12 @@ class Batches(Iterator[T_co]):
         """For whoever draws by hand."""
         return next(self._loop)
 
+    def close(self) -> None:
+        """Leave the loop, as the end of its generator would."""
+        close = getattr(self._loop, "close", None)
+        if close is not None:
+            close()
+
     def __length_hint__(self) -> Any:
         """No number; only who asks is of interest."""
         frame = sys._getframe(1)  # noqa: SLF001 - as documented

@@ -113,8 +113,7 @@ class Prober:
 
     def _land(self, node_id: str, now: float) -> list[Found]:
         flight = self._flights[node_id]
-        answers: list[Answer] | None = _ray.result_or_none(flight.ref)
-        if answers is None and not _ray.is_done(flight.ref):
+        if not _ray.is_done(flight.ref):  # asked first, and once: it may end at any moment
             if now < flight.until:
                 return []
             if now >= flight.lost_at and _ray.is_alive(node_id):  # it may be lost on its way, and would be waited for without end
@@ -124,6 +123,7 @@ class Prober:
             flight.until = now + self._timeout_s
             return [self._miss(beat) for beat in flight.beats]
         del self._flights[node_id]
+        answers: list[Answer] | None = _ray.result_or_none(flight.ref)
         if answers is None:  # with the node Ray runs its tasks elsewhere; a probe that was killed says nothing
             answers = [Answer(Verdict.UNKNOWN if _ray.is_alive(node_id) else Verdict.GONE)] * len(flight.beats)
         return [self._note(beat, answer, now) for beat, answer in zip(flight.beats, answers, strict=True)]

@@ -100,6 +100,20 @@ def test_a_probe_that_is_lost_on_its_way_is_sent_again(played: PlayedRay) -> Non
     assert [each.verdict for each in prober.step([BEAT], 125.0)] == [Verdict.KILL_STALLED]
 
 
+def test_an_answer_that_comes_while_it_is_looked_for_counts(played: PlayedRay, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between two questions to Ray a probe may end: that it has answered must not be taken for the silence of one that was killed."""
+
+    def asked(ref: int, answer: Any) -> Any:
+        played.answers.setdefault(ref, [Answer(Verdict.KILL_STALLED)])
+        return answer
+
+    monkeypatch.setattr(_ray, "is_done", lambda ref: asked(ref, ref in played.answers))
+    monkeypatch.setattr(_ray, "result_or_none", lambda ref: asked(ref, played.answers.get(ref)))
+    prober = Prober(TIMEOUT_S)
+    found = [each.verdict for now in (0.0, 1.0, 2.0) for each in prober.step([BEAT], now)]
+    assert found == [Verdict.KILL_STALLED]
+
+
 def test_a_slow_probe_is_not_cut(played: PlayedRay) -> None:
     """With a short timeout, on a machine that is busy, it may just have ended a process: who cuts it then never hears of that."""
     prober = Prober(1.5)
