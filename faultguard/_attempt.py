@@ -194,11 +194,15 @@ def defer_worker(settings: Settings, identity: _ray.Identity, options: TaskOptio
     handle = Checkpoint(
         run=settings.run, task=options.name, worker_id=worker_id, journal=None, snapshot=None, schedule=schedule, state=options.state
     )
-    trouble = _StoreTrouble(options.name, worker_id, settings.store_patience)
-    patience_s = settings.store_patience
-    deferred = Deferred(handle, schedule, options.keep, patience_s=patience_s, after_s=settings.defer, trouble=trouble)
-    deferred.claims = functools.partial(_claim_late, log, replace(me, late=True), settings, identity)
-    return deferred
+    return Deferred(
+        handle,
+        schedule,
+        options.keep,
+        patience_s=settings.store_patience,
+        after_s=settings.defer,
+        trouble=_StoreTrouble(options.name, worker_id, settings.store_patience),
+        claims=functools.partial(_claim_late, log, replace(me, late=True), settings, identity),
+    )
 
 
 def _claim_late(

@@ -40,6 +40,7 @@ class Deferred:
         patience_s: how long the store may fail before the loop is told.
         after_s: when to claim in any case.
         trouble: is told each time that the store fails.
+        claims: makes the worker of `deferred`, and waits for the store for `patience_s`.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class Deferred:
         patience_s: float,
         after_s: float,
         trouble: Callable[[CheckpointStoreError], None],
+        claims: Callable[..., OpenWorker],
     ) -> None:
         self.handle = handle
         self.trouble = trouble
@@ -58,7 +60,7 @@ class Deferred:
         self.skips_poison: bool | None = None
         self.fields: Callable[[], dict[str, Any]] = handle.fields
         self.durable: Snapshot | None = None
-        self.claims: Callable[..., OpenWorker] | None = None  # `deferred=`, and `patience_s=` for the store
+        self._claims = claims
         self.schedule = schedule
         self._patience_s = patience_s
         self._claiming = threading.Lock()  # held while the store is asked
@@ -91,8 +93,7 @@ class Deferred:
             handle = self.handle
             raise UsageError(f"the handle of worker {handle.worker_id!r} attempt {handle.attempt} is refused: the attempt is over")
         if self._worker is None:
-            assert self.claims is not None  # noqa: S101 - given before anybody can ask
-            self._worker = self.claims(deferred=self, patience_s=patience_s)
+            self._worker = self._claims(deferred=self, patience_s=patience_s)
             _soon.remove(self)
         return self._worker
 

@@ -352,6 +352,19 @@ def test_a_late_claim_that_is_cut(settings: Settings, monkeypatch: pytest.Monkey
     assert (found, newest(settings).charged) == (charged, charged)
 
 
+def test_it_may_be_looked_at_at_once(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The thread that looks may do so as soon as it knows of the task: then everything that it needs for a claim is there."""
+    add = _soon.add
+
+    def add_and_look(due: Any) -> None:
+        add(due)
+        due.tick(time.monotonic() + 1.0)
+
+    monkeypatch.setattr(_soon, "add", add_and_look)
+    assert execute(settings, loop) == expected(3)
+    assert kinds(settings)[-1] == "end"
+
+
 def test_the_thread_begins_again(settings: Settings) -> None:
     """It has ended itself, or is just about to: the next task must not be missed."""
     for _ in range(3):
