@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 WORKERS = 4
 CHARACTERS = 0x32000  # the planes in which nearly all named characters are
 BATCH = 64
+EVERY = 20  # batches to a checkpoint: what was committed after the newest one is tried again, and refused
 BUSY_S = 60.0  # how long a writer waits for the others
 POLL_S = 0.02
 LAST_KILL_AT = 0.5  # of the work
@@ -50,7 +51,7 @@ def load(worker_id: str, starts: Sequence[int], database: str, careless: bool) -
     """Load batches of characters; gives how many rows they have."""
     with (
         contextlib.closing(sqlite3.connect(database, timeout=BUSY_S, isolation_level=None)) as sink,
-        faultguard.checkpointed(worker_id, state={"rows": 0}) as ckpt,
+        faultguard.checkpointed(worker_id, state={"rows": 0}, every=EVERY) as ckpt,
     ):
         for start in ckpt.batches(starts):
             rows = named_characters(start)

@@ -21,16 +21,17 @@ if TYPE_CHECKING:
 __all__ = ["cancels_of", "is_cancelled", "note_cancel"]
 
 LOOK_S = 0.2  # a look takes 0.3 ms, so it costs a process that begins task after task 0.15 % of its time
-LOOK_WAIT_S = 1.0  # the work does not need that store
+LOOK_WAIT_S = 10.0  # a head that is only busy has taken more than one second
+PAUSE_S = 30.0  # after a look in vain: the work does not need that store, and a head that is gone must not hold up every task
 Cancels = dict[str | None, int]  # the number of the last cancel of a worker, and with None of all
 
 
 @dataclass(frozen=True, slots=True)
 class _Seen:
-    """What a look at a run found, and when it began, on the monotonic clock."""
+    """What a look at a run found, and until when that is new enough, on the monotonic clock."""
 
     cancels: Cancels
-    at: float
+    until: float
 
 
 def note_cancel(settings: Settings, worker_id: str | None) -> None:
@@ -48,7 +49,7 @@ def cancels_of(settings: Settings, wait_s: float | None = None) -> Cancels:
 
 
 def is_cancelled(settings: Settings, worker_id: str) -> bool:
-    """Whether a worker has been cancelled since it was submitted, as far as this process knew `LOOK_S` ago."""
+    """Whether a worker has been cancelled since it was submitted, as far as this process knew `LOOK_S` ago, or `PAUSE_S`."""
     cancels = _look(settings).cancels
     return settings.cancels < max(cancels.get(None, 0), cancels.get(worker_id, 0))
 
@@ -56,13 +57,13 @@ def is_cancelled(settings: Settings, worker_id: str) -> bool:
 def _look(settings: Settings) -> _Seen:
     """Look, if the last look is not new enough. Not to know is no cancel: the first heartbeat asks again."""
     seen, now = _seen.get(settings.key), time.monotonic()
-    if seen is None or now - seen.at >= LOOK_S:
+    if seen is None or now >= seen.until:
         try:
-            cancels = cancels_of(settings, LOOK_WAIT_S)
+            cancels, until = cancels_of(settings, LOOK_WAIT_S), now + LOOK_S
         except Exception as error:  # noqa: BLE001 - whatever Ray raises where its head does not answer
             _events.emit(logging.DEBUG, "faultguard.cancels_unknown", f"what is cancelled is not known: {error}", run=settings.run)
-            cancels, now = seen.cancels if seen is not None else {}, time.monotonic()
-        seen = _seen[settings.key] = _Seen(cancels, now)
+            cancels, until = seen.cancels if seen is not None else {}, time.monotonic() + PAUSE_S
+        seen = _seen[settings.key] = _Seen(cancels, until)
     return seen
 
 

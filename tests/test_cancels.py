@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from faultguard import _cancels, _ray
-from faultguard._cancels import LOOK_S, cancels_of, is_cancelled, note_cancel
+from faultguard._cancels import LOOK_S, PAUSE_S, cancels_of, is_cancelled, note_cancel
 from faultguard._settings import Settings
 
 
@@ -93,3 +93,9 @@ def test_a_store_that_does_not_answer_cancels_nothing_and_holds_up_nobody(store:
     assert not is_cancelled(run(), "v")
     assert store.looks == before + 1
     assert not is_cancelled(run(name="new"), "w")
+    store.error = None
+    note_cancel(run(2), "v")
+    store.now += LOOK_S
+    assert not is_cancelled(run(), "v")
+    store.now += PAUSE_S
+    assert is_cancelled(run(), "v")

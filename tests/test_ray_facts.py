@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import pytest
 import ray
 
-from faultguard import _ray
+from faultguard import _cancels, _ray
+from faultguard._settings import Settings
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -60,6 +63,21 @@ def test_a_key_value_store_that_does_not_answer_is_waited_for_as_long_as_one_lik
     finally:
         os.kill(head, signal.SIGCONT)
     assert _ray.kv_get("absent", 60.0) is None
+
+
+def test_a_head_that_is_slow_hides_no_cancel() -> None:
+    """A task that begins waits for the answer: nothing else would tell it, if it is over before its first heartbeat."""
+    node: Any = ray._private.worker._global_node
+    head = node.all_processes["gcs_server"][0].process.pid
+    settings = Settings(run="slow-head", checkpoint_dir="/c", store_id="1", job_id=_ray.identity().job_id)
+    _cancels.note_cancel(msgspec.structs.replace(settings, cancels=1), "w")
+    os.kill(head, signal.SIGSTOP)
+    thaw = threading.Timer(3.0, os.kill, (head, signal.SIGCONT))
+    thaw.start()
+    try:
+        assert _cancels.is_cancelled(settings, "w")
+    finally:
+        thaw.join()
 
 
 def test_job_of_this_driver_is_not_over() -> None:
