@@ -45,6 +45,7 @@ UNDECORATED = frozenset({"block", "actor"})  # their exceptions are their caller
 EXCUSED = frozenset({"terminated", "drained"})
 TOKENS = 10**9  # per driver of a named run; the rest is the number of the claim
 NOTES = frozenset({"cancelled", "terminated", "drained"})  # ends of which nothing is known if the store takes no note
+NOTES_OF_BLOCKS = NOTES | {"exception", "stall"}  # for which a decorated task waits, because it retries them itself
 NOTE_S = 15.0
 NO_PROGRESS = 3  # an attempt that began no more batches may have saved nothing
 
@@ -60,12 +61,13 @@ class Fault:
     node: str = ""
     time: float = field(default_factory=time.time)
 
-    def explains(self, cause: str, sick: Sequence[tuple[float, float]] = ()) -> bool:
-        """Whether an attempt that it meets may end so; `sick`: when the store took nothing."""
+    def explains(self, cause: str, sick: Sequence[tuple[float, float]] = (), kind: str = "") -> bool:
+        """Whether an attempt of a worker of that kind may end so, where it meets it; `sick`: when the store took nothing."""
         if cause in ENDS[self.kind]:
             return True
         unnoted = any(begin < self.time + NOTE_S and self.time < end for begin, end in sick)
-        return cause == "crash" and unnoted and bool(NOTES & ENDS[self.kind])
+        notes = NOTES_OF_BLOCKS if kind in UNDECORATED else NOTES
+        return cause == "crash" and unnoted and bool(notes & ENDS[self.kind])
 
     def reach(self) -> tuple[bool, bool]:
         """What is there for all on a node explains an end before what meets one attempt, and that before what may meet any."""
@@ -103,7 +105,7 @@ def problems_of(
         yield f"{worker}: it has completed, and has no log"
         return
     claims = [record for record in log if record.kind == "claim"]
-    ordered = [Fault(note["kind"], worker, note["attempt"]) for note in notes if note["what"] == "fault"]
+    ordered = [Fault(note["kind"], worker, note["attempt"], time=note["time"]) for note in notes if note["what"] == "fault"]
     yield from _unexplained(worker, kind, claims, notes, [*faults, *ordered], _failed(log), sick)
     yield from _misses(worker, notes)
     yield from _behind(worker, notes)
@@ -142,7 +144,7 @@ def _unexplained(
         end = next((end for end in failed if claim.number < end.number < after.number), None)
         cause = after.predecessor if end is None else end.failures[-1].cause
         where = f"{worker} attempt {claim.attempt} (pid {claim.owner.pid})"
-        found = min((fault for fault in left if fault.meets(claim) and fault.explains(cause, sick)), key=Fault.reach, default=None)
+        found = min((fault for fault in left if fault.meets(claim) and fault.explains(cause, sick, kind)), key=Fault.reach, default=None)
         if found is None:
             there = [fault.kind for fault in left if fault.meets(claim)]
             yield f"{where} ended by {cause!r}, which nobody caused; what took place there: {there}"

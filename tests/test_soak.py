@@ -114,6 +114,15 @@ def test_a_note_that_the_store_did_not_take_is_a_crash() -> None:
     assert len(list(problems_of("w1", "each", notes(0, 3), log(), [told], [(80.0, 99.0)]))) == 1
 
 
+def test_a_block_does_not_wait_until_the_store_takes_its_note() -> None:
+    """What it raises goes on at once, to whoever retries it; a decorated task retries itself, and waits."""
+    hung = {"what": "fault", "attempt": 1, "token": 1, "batch": 2, "kind": "hang in Python", "time": 100.0}
+    trace = [*notes(0, 3), hung]
+    trace.sort(key=lambda note: note["token"])
+    for kind, begin, wrong in (("block", 99.0, 0), ("each", 99.0, 1), ("block", 120.0, 1)):
+        assert len(list(problems_of("w1", kind, trace, log(), [], [(begin, begin + 5)]))) == wrong
+
+
 def test_what_was_durable_is_not_behind() -> None:
     """Also where it was told after the successor had begun: that is a zombie whose save was accepted."""
     killed = Fault("SIGKILL", "w1", 1, 101)
@@ -125,7 +134,7 @@ def test_what_was_durable_is_not_behind() -> None:
 def test_what_should_have_ended_must_not_go_on() -> None:
     """An attempt that was told to die has no further batch."""
     trace = notes(0, 3)
-    trace.insert(2, {"what": "fault", "attempt": 1, "token": 1, "batch": 1, "kind": "exit"})
+    trace.insert(2, {"what": "fault", "attempt": 1, "token": 1, "batch": 1, "kind": "exit", "time": 100.0})
     assert "went on at batch 2" in problems(trace, log())[0]
 
 
