@@ -84,6 +84,7 @@ BUDGET = (
     Item("exception", "exception → first resumed batch, over one durable write of the record", 6, "x", "recovery:exception"),
     Item("sigkill", "SIGKILL → first resumed batch: our share of plain Ray's crash retry", 10, "%", "recovery:sigkill"),
     Item("tasks", "no-op tasks, unnamed run: throughput over plain Ray", 0.6, "x", "tasks:throughput", at_least=True),
+    Item("program", "a program of 10 000 short tasks, all decorated, over plain; no file is left", 1.7, "x", "tasks:program"),
     Item("auto", '`every="auto"`: main thread inside faultguard + its threads, over wall time', 1, "%", "tasks:auto"),
     Item("named", "no-op tasks, named run: throughput over plain Ray", 0.3, "x", "tasks:named", at_least=True),
     Item("resumable", "`check_resumable` over a loop of 100 batches", 1, "s", "handle:resumable"),

@@ -14,11 +14,12 @@ from benchmarks.budget import Bench, Measured
 from benchmarks.cluster import cluster, entered_through, profiled, profiles
 from benchmarks.handle import plain_state
 from benchmarks.timing import in_turn, median, ratio, us
+from faultguard.storage import STORE_KEY
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["auto", "named", "throughput"]
+__all__ = ["auto", "named", "program", "throughput"]
 
 TIMEOUT_S = 300
 BATCH_S = 0.005
@@ -39,6 +40,36 @@ def throughput(bench: Bench) -> Measured:
     each = {name: median(seconds) / tasks for name, seconds in found.items()}
     details = (f"per task {us(each['plain'])} plain, {us(each['ours'])} ours; {tasks} tasks, medians of {rounds}",)
     return Measured(ratio(found, "plain", "ours"), details, lambda: _explain_throughput(bench))
+
+
+def program(bench: Bench) -> Measured:
+    """A program of many short tasks, each with an argument and a result, plain and with all of them decorated; what that leaves on disk."""
+    tasks, rounds = (1000, 1) if bench.quick else (10_000, 3)
+    with cluster(bench):
+        plain, ours = ray.remote(_square), faultguard.recoverable(ray.remote(_square))
+
+        def run(task: Any, count: int = tasks) -> float:
+            started = time.perf_counter()
+            found = ray.get([task.remote(number) for number in range(count)], timeout=TIMEOUT_S)
+            took = time.perf_counter() - started
+            if found != [number * number for number in range(count)]:
+                raise AssertionError("wrong results")
+            return took
+
+        for task in (plain, ours):
+            run(task, 100)
+        found = in_turn(rounds, plain=lambda: run(plain), ours=lambda: run(ours))
+        left = [path for path in (bench.directory / "checkpoints").rglob("*") if path.is_file() and path.name != STORE_KEY]
+    if left:
+        raise AssertionError(f"{len(left)} files were left, such as {left[0]}")
+    seconds = {name: median(took) for name, took in found.items()}
+    details = (f"{seconds['plain']:.2f} s plain, {seconds['ours']:.2f} s ours; {tasks} tasks, medians of {rounds}; no file is left",)
+    return Measured(ratio(found, "ours", "plain"), details, lambda: _explain_throughput(bench))
+
+
+def _square(number: int) -> int:
+    """A short task."""
+    return number * number
 
 
 def named(bench: Bench) -> Measured:

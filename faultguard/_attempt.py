@@ -131,9 +131,8 @@ def open_worker(
         CheckpointStoreError: there is no store here, or it has failed for too long.
     """
     log, me = _claimant(settings, identity, options, worker_id, max_failures=max_failures, local_retry=local_retry, afresh=afresh)
+    me = replace(me, asks=identity.attempt > 0 or settings.named)  # also after the holder of another driver, whom nobody waits for
     try:
-        if identity.attempt or settings.named:  # also after the holder of another driver, whom nobody waits for
-            me = replace(me, crashed=_death_of_holder(log))
         return _open(log, me, settings, identity, options, leaves=leaves)
     except BaseException as error:
         _give_back(log, me.owner, cause_of_leaving(error))
@@ -258,19 +257,17 @@ class _StoreTrouble:
             )
 
 
-def _death_of_holder(log: StoredLog) -> tuple[str, str, str]:
+def _death_of(head: Record) -> tuple[str, str, str]:
     """Who held the worker, what its process died of, and where it stood: for the history only, so what cannot be found out is a crash."""
+    owner = head.owner
     try:
-        head = log.newest()
-        if head is not None and head.ended is None and head.owner.ray_worker:
-            owner = head.owner
-            ending = ending_of(ProcessId(owner.boot_id, owner.pid, owner.start_time))
-            if ending is not None:
-                return owner.writer, ending.cause, ending.stacks
-            return owner.writer, _ray.death_of(owner.ray_worker) or "crash", ""
-    except Exception as trouble:  # noqa: BLE001 - a log that cannot be read is told by the claim
+        ending = ending_of(ProcessId(owner.boot_id, owner.pid, owner.start_time))
+        if ending is not None:
+            return owner.writer, ending.cause, ending.stacks
+        return owner.writer, (_ray.death_of(owner.ray_worker) if owner.ray_worker else None) or "crash", ""
+    except Exception as trouble:  # noqa: BLE001 - it must not keep anybody from the work
         _events.emit(logging.DEBUG, "faultguard.death_unknown", f"what the last attempt died of is not known: {trouble}")
-    return "", "", ""
+    return owner.writer, "crash", ""
 
 
 def _give_back(log: StoredLog, owner: Owner, cause: str) -> None:
@@ -340,6 +337,9 @@ def _claim(log: StoredLog, me: rules.Claimant, settings: Settings) -> rules.Gran
         if isinstance(answer, rules.Refused):
             raise superseded(me.worker_id, answer.head.attempt - 1, 0)
         head, now = answer.head, time.monotonic()
+        if answer.dead:
+            me = replace(me, crashed=_death_of(head))
+            continue
         owner = head.owner
         dead = is_dead(holder := ProcessId(owner.boot_id, owner.pid, owner.start_time))
         if holder == this_process():  # of this very process: it knows what it still holds
@@ -351,7 +351,7 @@ def _claim(log: StoredLog, me: rules.Claimant, settings: Settings) -> rules.Gran
         waited = dead is None and now - watched[1] >= settings.heartbeat_timeout
         silent = _is_silent(settings, me) if waited else False
         if dead or silent or _has_given_up(settings, me, head):
-            me = replace(me, gone=head.token, crashed=_death_of_holder(log))
+            me = replace(me, gone=head.token, crashed=_death_of(head))
         elif now >= deadline + (HOLDER_POLL_S if silent is False else PROBE_WAIT_S):
             raise _duplicate(me, head, settings)
         else:
@@ -793,7 +793,9 @@ class _Task:
 
             with contextlib.suppress(ManagerUnavailableError, *_ray.UNREACHABLE):  # then the rest is slept
                 _ray.get_within(find_or_make(self._settings, wait_s=seconds).pause.remote(seconds), deadline - time.monotonic())
-        time.sleep(max(deadline - time.monotonic(), 0.0))
+        left = deadline - time.monotonic()
+        if left > 0:  # a sleep of no time, too, gives the processor away
+            time.sleep(left)
 
 
 def cause_of_leaving(error: BaseException) -> str:

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 __all__ = ["cancels_of", "is_cancelled", "note_cancel"]
 
-LOOK_S = 0.2  # a look takes 0.3 ms, so it costs a process that begins task after task 0.15 % of its time
+LOOK_S = 0.2  # a look takes 0.3 ms, so it costs a process that begins task after task 0.15 % of its time ...
+SHARE, MAX_LOOK_S = 0.02, 2.0  # ... and where Ray's head is busy no more than this share, unless that meant to look even less often
 LOOK_WAIT_S = 10.0  # a head that is only busy has taken more than one second
 PAUSE_S = 30.0  # after a look in vain: the work does not need that store, and a head that is gone must not hold up every task
 Cancels = dict[str | None, int]  # the number of the last cancel of a worker, and with None of all
@@ -49,7 +50,7 @@ def cancels_of(settings: Settings, wait_s: float | None = None) -> Cancels:
 
 
 def is_cancelled(settings: Settings, worker_id: str) -> bool:
-    """Whether a worker has been cancelled since it was submitted, as far as this process knew `LOOK_S` ago, or `PAUSE_S`."""
+    """Whether a worker has been cancelled since it was submitted, as far as this process has seen lately: see `_look`."""
     cancels = _look(settings).cancels
     return settings.cancels < max(cancels.get(None, 0), cancels.get(worker_id, 0))
 
@@ -59,7 +60,8 @@ def _look(settings: Settings) -> _Seen:
     seen, now = _seen.get(settings.key), time.monotonic()
     if seen is None or now >= seen.until:
         try:
-            cancels, until = cancels_of(settings, LOOK_WAIT_S), now + LOOK_S
+            cancels, took = cancels_of(settings, LOOK_WAIT_S), time.monotonic() - now
+            until = now + max(LOOK_S, min(took / SHARE, MAX_LOOK_S))
         except Exception as error:  # noqa: BLE001 - whatever Ray raises where its head does not answer
             _events.emit(logging.DEBUG, "faultguard.cancels_unknown", f"what is cancelled is not known: {error}", run=settings.run)
             cancels, until = seen.cancels if seen is not None else {}, time.monotonic() + PAUSE_S

@@ -8,6 +8,7 @@ this one leaves, too, and Ray runs the task again as ever. Where no other node h
 from __future__ import annotations
 
 import logging
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,10 @@ if TYPE_CHECKING:
 __all__ = ["Elsewhere", "NotBegunError", "failed_on", "failures_before"]
 
 FAILURES = 2
+LOOK_S = 1.0  # Ray's head takes milliseconds to say where there is room: too long for what fails again and again
+
+
+_nowhere_until = 0.0  # on the monotonic clock
 
 
 class NotBegunError(Exception):
@@ -61,8 +66,16 @@ class Elsewhere:
     waits: bool = False
 
     def is_there(self) -> bool:
-        """Whether there is such a node now."""
-        return self.waits or bool(_ray.node_with_room({self.node_id}))
+        """Whether there is such a node now; that there is none counts for a moment."""
+        global _nowhere_until  # noqa: PLW0603 - of the process
+        if self.waits:
+            return True
+        if time.monotonic() < _nowhere_until:
+            return False
+        found = bool(_ray.node_with_room({self.node_id}))
+        if not found:
+            _nowhere_until = time.monotonic() + LOOK_S
+        return found
 
     def run(self, local_retry: int, tried: set[str], newest: Callable[[], Record | None], leave: Callable[[], None]) -> Any:
         """Run the attempt there, and give or raise what comes of it.

@@ -130,6 +130,7 @@ def _in_event_loop() -> bool:
 # --- state changed before the loop that resumes ---------------------------------------------------------------------
 
 _ACCUMULATORS = (int, float, list, dict, set, Counter, OrderedDict, deque)  # what starts at nothing and is added to
+_SCALARS = frozenset({int, float, str, bytes, bool, type(None)})  # what is compared at no cost
 MAX_COMPARED = 10_000  # items of a list
 CLOCK = 1_000_000_000  # a greater int may be a time
 
@@ -146,6 +147,8 @@ class StateBefore:
         """A loop goes on in which batches are done already."""
         for key, before in list(self._state.items()):
             now = handle.state.get(key, before)
+            if type(now) in _SCALARS and type(now) is type(before) and now == before:
+                continue
             if _is_reset(before, now):
                 self._tell_reset(handle, loop, key, before, now)
             elif loop.depth and _is_added_to(before, now):
@@ -181,7 +184,7 @@ class StateBefore:
 
 def _has_changed(before: Any, now: Any) -> bool:
     """Whether it is another value; of one that takes time to compare, nobody says so."""
-    if type(before) not in {int, float, str, bytes, bool, type(None)}:
+    if type(before) not in _SCALARS:
         return False
     return type(before) is not type(now) or bool(before != now)
 

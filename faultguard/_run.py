@@ -194,9 +194,9 @@ def cancel(worker_id: str | None = None) -> None:
     A worker that runs is interrupted in its batch (in methods of async actors, and outside of loops and sections, at its next
     boundary), with its next heartbeat. Its last boundary is saved, its status is "cancelled", `ray.get` raises
     `TaskCancelledError`, and nothing is charged; submitted again, it resumes. A task that waits to be run is cancelled as it begins
-    (within 0.2 s from now it may still begin, in a process that has just begun another one); `ray.cancel(ref)` takes it out of the
-    queue. Where the decorator is below `@ray.remote`, nobody knows when a task that waits was submitted, and it runs. Tasks in plain
-    `@ray.remote` without a block of ours are left alone.
+    (within 0.2 s from now, 2 s where Ray's head is busy, it may still begin, in a process that has just begun another one);
+    `ray.cancel(ref)` takes it out of the queue. Where the decorator is below `@ray.remote`, nobody knows when a task that waits was
+    submitted, and it runs. Tasks in plain `@ray.remote` without a block of ours are left alone.
 
     Args:
         worker_id: the worker, of whatever task; None: all of this run.

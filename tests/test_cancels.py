@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from faultguard import _cancels, _ray
-from faultguard._cancels import LOOK_S, PAUSE_S, cancels_of, is_cancelled, note_cancel
+from faultguard._cancels import LOOK_S, MAX_LOOK_S, PAUSE_S, cancels_of, is_cancelled, note_cancel
 from faultguard._settings import Settings
 
 
@@ -19,10 +19,12 @@ class FakeStore:
         self.error: Exception | None = None
         self.looks = 0
         self.now = 0.0
+        self.takes = 0.0
 
     def get(self, key: str, wait_s: float | None = None) -> bytes | None:
         """Instead of `_ray.kv_get`."""
         self.looks += 1
+        self.now += self.takes
         if self.error is not None:
             self.now += wait_s or 0.0
             raise self.error
@@ -81,6 +83,20 @@ def test_a_process_that_begins_task_after_task_looks_seldom(store: FakeStore) ->
     note_cancel(run(1), "w")
     store.now += LOOK_S
     assert is_cancelled(run(), "w")
+
+
+def test_a_busy_head_is_asked_less_often(store: FakeStore) -> None:
+    """A small share of the time goes into it; but not less than every two seconds."""
+    for takes, wait in ((0.001, LOOK_S), (0.02, 1.0), (1.0, MAX_LOOK_S)):
+        store.takes, store.now = takes, store.now + 100.0
+        assert not is_cancelled(run(), "w")
+        before = store.looks
+        store.now += wait - takes - 0.01
+        assert not is_cancelled(run(), "w")
+        assert store.looks == before
+        store.now += 0.02
+        assert not is_cancelled(run(), "w")
+        assert store.looks == before + 1
 
 
 def test_a_store_that_does_not_answer_cancels_nothing_and_holds_up_nobody(store: FakeStore) -> None:

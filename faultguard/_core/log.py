@@ -117,6 +117,7 @@ class Claimant:
     afresh: bool = False  # start over, whatever another task has done under this id
     gone: int = 0
     crashed: tuple[str, str, str] = ("", "", "")  # a writer, what its process died of as far as anybody knows, and where it stood
+    asks: bool = False  # it finds out what a holder has died of that left no word, and says so in `crashed`
     policy: Policy = PLAIN
     late: bool = False  # it works already, and nobody knows: only an empty log is its own
     unrecorded: bool = False  # attempts before this one may have died before they claimed
@@ -173,9 +174,10 @@ class Finished:
 
 @dataclass(frozen=True, slots=True)
 class Blocked:
-    """Another task of this driver holds the worker; it must be known dead first."""
+    """Another task of this driver holds the worker; it must be known dead first. `dead`: it is, and `crashed` is to say of what."""
 
     head: Record
+    dead: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -333,6 +335,8 @@ def claim(me: Claimant, now: float) -> Generator[Op, Any, Granted | Finished | B
             return Blocked(head)
         if head is not None and verdict == "refuse":
             return Refused(head)
+        if head is not None and _is_unexplained(head, me):
+            return Blocked(head, dead=True)
         number = max(loaded.numbers, default=0) + 1
         record = claim_record(me, loaded, number, now)
         created = yield from create(number, encode_record(record))
@@ -344,6 +348,13 @@ def claim(me: Claimant, now: float) -> Generator[Op, Any, Granted | Finished | B
             return Granted(held, loaded.snapshot if record.points_to else None, head, loaded.damaged)
     msg = f"worker {me.worker_id!r} could not be claimed in {MAX_CLAIM_TRIES} tries: others go on claiming it at the same time"
     raise CheckpointStoreError(msg)
+
+
+def _is_unexplained(head: Record, me: Claimant) -> bool:
+    """Whether the one who claims can find out, and has not yet, how the attempt of `head` has ended."""
+    owner = head.owner
+    silent = head.kind != "end" and head.ended is None
+    return me.asks and silent and bool(owner.ray_worker) and owner.writer not in {me.owner.writer, me.crashed[0]}
 
 
 def claim_record(me: Claimant, loaded: Loaded, number: int, now: float) -> Record:

@@ -43,6 +43,7 @@ _MAX_TRIES: Final = 100  # of a create whose directory is removed under it again
 _MAX_SETTLED: Final = 10_000
 _LEFTOVER_AGE_S: Final = 86_400.0
 _EMPTY_WAIT_S: Final = 0.2
+_MAX_IDENTITY: Final = 1 << 12
 _NO_TMPFILE: Final = frozenset({errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOSYS})
 _NO_HARD_LINKS: Final = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK})
 # A link that failed so surely made nothing. After any other error (EIO, ETIMEDOUT, EINTR, ESTALE, ...) a server may have.
@@ -320,12 +321,17 @@ class LocalStore:
 
         Nor is what is found in its place, such as the mount point of a disk that is gone.
         """
-        if not os.path.isdir(self._root):
-            raise FileNotFoundError(errno.ENOENT, "the checkpoint directory is not there", self._root)
         try:
-            found = Path(self._root, STORE_KEY).read_bytes()
-        except FileNotFoundError:
+            fd = os.open(f"{self._root}/{STORE_KEY}", os.O_RDONLY)
+        except (FileNotFoundError, NotADirectoryError):
             found = None
+        else:
+            try:
+                found = os.read(fd, _MAX_IDENTITY)
+            finally:
+                _close(fd)
+        if found is None and not os.path.isdir(self._root):
+            raise FileNotFoundError(errno.ENOENT, "the checkpoint directory is not there", self._root)
         if self._identity is None:
             self._identity = found
         elif found != self._identity:
