@@ -24,7 +24,7 @@ from faultguard._settings import PROTOCOL
 
 if TYPE_CHECKING:
     import logging
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
     from faultguard._core.records import Record
 
@@ -75,6 +75,25 @@ def wait_until(condition: Any, timeout_s: float = 90.0) -> Any:
         assert time.monotonic() < deadline, f"not within {timeout_s} s"
         time.sleep(0.02)
     return answer
+
+
+@contextlib.contextmanager
+def stopped(pid: int) -> Iterator[None]:
+    """Stop a process, and let it go on afterwards. A busy machine takes a moment until the last of its threads stands still."""
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        wait_until(lambda: set(_states(pid)) <= {"T"})
+        yield
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)
+
+
+def _states(pid: int) -> Iterator[str]:
+    """Of all threads of a process, as in /proc."""
+    for stat in Path(f"/proc/{pid}/task").glob("*/stat"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            yield stat.read_text("ascii", "replace").rpartition(")")[2].split()[0]
 
 
 def wait_until_heard(worker: str) -> None:

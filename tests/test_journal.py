@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import math
-import os
-import signal
 import subprocess
 import sys
 import threading
 import time
-from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
@@ -20,11 +17,11 @@ from faultguard._core.records import Ended, FailureRecord, Outcome, Spot
 from faultguard.errors import AmbiguousReplyError, CheckpointStoreError, SupersededError
 from faultguard.storage import Store, open_store
 from tests.attempts import Attempt, Worker, write_inline
-from tests.tasks import assert_whole
+from tests.tasks import assert_whole, stopped
 
 if TYPE_CHECKING:
     import builtins
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
 REPOSITORY = Path(__file__).parents[1]
 BOUND_S = 20.0
@@ -355,17 +352,6 @@ def successor_of_the_child(store: Store, name: str) -> Attempt:
     return worker.attempt(keep=2)
 
 
-@contextmanager
-def stopped(process: subprocess.Popen[str]) -> Iterator[None]:
-    """Freeze a process."""
-    process.send_signal(signal.SIGSTOP)
-    os.waitid(os.P_PID, process.pid, os.WSTOPPED)
-    try:
-        yield
-    finally:
-        process.send_signal(signal.SIGCONT)
-
-
 def test_a_frozen_process_that_thaws_is_superseded(store: Store, tmp_path: Path) -> None:
     """Two processes hold one worker: the next save of the old one raises, before its successor has saved, after, and after retention."""
     names = ["before", "after", "after retention", "alone"]
@@ -375,7 +361,7 @@ def test_a_frozen_process_that_thaws_is_superseded(store: Store, tmp_path: Path)
         assert child.stdin is not None
         assert child.stdout is not None
         assert child.stdout.readline() == "ready\n"
-        with stopped(child):
+        with stopped(child.pid):
             successors = {name: successor_of_the_child(store, name) for name in names[:3]}
             advance(successors["after"])
             advance(successors["after retention"], 10)

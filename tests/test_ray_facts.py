@@ -14,6 +14,7 @@ import ray
 
 from faultguard import _cancels, _ray
 from faultguard._settings import Settings
+from tests.tasks import stopped
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -56,12 +57,8 @@ def test_a_key_value_store_that_does_not_answer_is_waited_for_as_long_as_one_lik
     """What has to be known at once is not known then, and the work goes on."""
     node: Any = ray._private.worker._global_node
     head = node.all_processes["gcs_server"][0].process.pid
-    os.kill(head, signal.SIGSTOP)
-    try:
-        with pytest.raises(Exception, match=r"(?i)timed out|deadline"):
-            _ray.kv_get("facts", 0.2)
-    finally:
-        os.kill(head, signal.SIGCONT)
+    with stopped(head), pytest.raises(Exception, match=r"(?i)timed out|deadline"):
+        _ray.kv_get("facts", 0.2)
     assert _ray.kv_get("absent", 60.0) is None
 
 
@@ -71,13 +68,9 @@ def test_a_head_that_is_slow_hides_no_cancel() -> None:
     head = node.all_processes["gcs_server"][0].process.pid
     settings = Settings(run="slow-head", checkpoint_dir="/c", store_id="1", job_id=_ray.identity().job_id)
     _cancels.note_cancel(msgspec.structs.replace(settings, cancels=1), "w")
-    os.kill(head, signal.SIGSTOP)
-    thaw = threading.Timer(3.0, os.kill, (head, signal.SIGCONT))
-    thaw.start()
-    try:
+    with stopped(head):
+        threading.Timer(3.0, os.kill, (head, signal.SIGCONT)).start()
         assert _cancels.is_cancelled(settings, "w")
-    finally:
-        thaw.join()
 
 
 def test_job_of_this_driver_is_not_over() -> None:

@@ -28,6 +28,7 @@ from tests.tasks import (
     manager_pid,
     records,
     result,
+    stopped,
     told,
     wait_until,
     wait_until_heard,
@@ -42,17 +43,6 @@ pytestmark = pytest.mark.ray
 WAIT_S = 90
 INTERVAL_S, TIMEOUT_S = 0.2, 1.5
 REPOSITORY = Path(__file__).parents[1]
-
-
-@contextlib.contextmanager
-def stopped(pid: int) -> Iterator[None]:
-    """Stop a process, and let it go on afterwards."""
-    os.kill(pid, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGCONT)
 
 
 def state_of(worker: str) -> Any:
