@@ -45,7 +45,7 @@ from faultguard._sentences import (
 from faultguard._session import TaskContext, entered, leave_all
 from faultguard._settings import Settings, checked_store
 from faultguard._stops import CALLS, Cancelled, Drained
-from faultguard._worker import OpenWorker, held_here, leave_process
+from faultguard._worker import OpenWorker, failure_of, held_here, leave_process
 from faultguard.errors import (
     CheckpointNotSerializableError,
     CheckpointStoreError,
@@ -586,7 +586,7 @@ class _Task:
             raise
         finally:
             if isinstance(self._opened, Deferred) and not self._is_over():  # claimed at the very end, by the thread that looks
-                self._open.leave(Ended("left", charged=True))
+                self._open.leave(Ended("left", charged=True), failure_of(self._open.handle, self._identity, "left", ""))
 
     def _attempts(self) -> Any:
         """The first attempt, and those that follow it here."""

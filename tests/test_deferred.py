@@ -101,6 +101,24 @@ def test_it_is_over_also_for_the_thread_that_looks(settings: Settings) -> None:
     assert files(settings) == []
 
 
+def test_an_end_that_is_cut_once_more_is_charged(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second signal comes as the first one is noted, after the worker was claimed beside: its last word counts like any failure."""
+
+    def cut(self: Any, error: BaseException) -> None:
+        raise KeyboardInterrupt
+
+    def body() -> None:
+        assert faultguard.current().token == 1
+        raise SystemExit
+
+    monkeypatch.setattr(_attempt._Task, "_leave", cut)
+    with pytest.raises(KeyboardInterrupt):
+        execute(settings, body)
+    record = newest(settings)
+    assert record.ended is not None
+    assert (record.ended.cause, record.charged, [failure.cause for failure in record.failures]) == ("left", 1, ["left"])
+
+
 def test_a_state_that_cannot_be_saved_is_told_all_the_same(settings: Settings) -> None:
     """On the first day, not when the task takes longer one day."""
 
