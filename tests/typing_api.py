@@ -12,6 +12,7 @@ from ray import ObjectRef
 from typing_extensions import assert_type
 
 import faultguard
+from faultguard.testing import ResumabilityReport, check_resumable
 
 
 @faultguard.recoverable
@@ -208,3 +209,16 @@ def the_run_has_types() -> None:
     faultguard.init(heartbeat="5")  # type: ignore[call-arg]
     faultguard.cancel(7)  # type: ignore[arg-type]
     faultguard.Backoff(initial="1")  # type: ignore[arg-type]
+
+
+def a_proof_has_types() -> None:
+    """`check_resumable` takes any function, its arguments, and options by name."""
+    report = check_resumable(plain_bare, "/data", kwargs={"epochs": 2}, max_kills=10)
+    assert_type(report, ResumabilityReport)
+    assert_type((report.task, report.kills, report.is_complete), tuple[str, int, bool])
+    check_resumable(bare, "/data", 2, effects=list, reset=list, max_seconds=10.0, other_process=False)
+    check_resumable("plain_bare")  # type: ignore[arg-type]
+    check_resumable(fn=plain_bare)  # type: ignore[call-arg]
+    check_resumable(plain_bare, max_kills="10")  # type: ignore[arg-type]
+    check_resumable(plain_bare, effects=3)  # type: ignore[arg-type]
+    report.kills = 3  # type: ignore[misc]
