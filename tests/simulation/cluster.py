@@ -58,7 +58,7 @@ class Task:
     def start(self) -> Process:
         """Ray's next attempt."""
         name = f"{self.ray_id}e{self.epoch}.{self.attempts}"
-        identity = Identity("01", "node", self.ray_id, self.attempts, "task", "task")
+        identity = Identity("01", "node", self.ray_id, self.attempts, "task", "task", ray_worker=name)
         self.newest = Process(self.sim, name, len(self.sim.homes) + 1, self, identity)
         self.attempts += 1
         self.over = False

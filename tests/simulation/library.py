@@ -145,6 +145,7 @@ class Library:
         attempt.StoredLog = self._stored_log()
         attempt.checked_store = lambda _: _Store(self)
         attempt.is_cancelled = lambda *_: False
+        attempt._death_of = lambda head: (head.owner.writer, "crash", "")  # it is looked for between two tries to claim
         attempt.is_dead = lambda process: self.sim.is_dead(process.pid)
         attempt.this_process = lambda: ProcessId(BOOT, self.sim.current.home.pid, 1)
         attempt.new_writer = lambda: self.sim.current.home.name
