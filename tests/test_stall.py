@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from tests.conftest import StartRun
 
 WAIT_S = 90
+LONG_S = 60.0  # of a hang that is to be ended before
+STALL_SEEN_S = 12.0  # to look at all stacks takes a busy machine seconds
 SHORT_S = 0.4  # a timeout of tests without a cluster
 ROUNDS = 80
 EDGE_ROUNDS = 64
@@ -664,18 +666,18 @@ def test_actors_that_hang_in_c(run: faultguard.Run, trace: Trace, concurrency: i
     """An actor that runs one method is ended; one that may run several is not, and says so."""
 
     class Server:
-        def work(self, trace: Trace) -> int:
+        def work(self, trace: Trace, for_s: float) -> int:
             with faultguard.checkpointed("w", stall_timeout=0.5) as ckpt:
                 for _ in ckpt.batches(range(3)):
                     trace.note("batch", "w", attempt=ckpt.attempt, batch=ckpt.current_batch)
                     if ckpt.attempt == 1:
                         read, write = os.pipe()
-                        threading.Timer(4, os.write, (write, b"!")).start()
+                        threading.Timer(for_s, os.write, (write, b"!")).start()
                         os.read(read, 1)
                 return ckpt.attempt
 
     server = start(Server, max_concurrency=concurrency)
-    ref = server.work.remote(trace)
+    ref = server.work.remote(trace, LONG_S if concurrency == 1 else STALL_SEEN_S)
     if concurrency == 1:
         with pytest.raises(ray.exceptions.RayActorError):
             ray.get(ref, timeout=WAIT_S)
@@ -683,7 +685,7 @@ def test_actors_that_hang_in_c(run: faultguard.Run, trace: Trace, concurrency: i
     else:  # it comes back to Python, where `StalledError` waits for it
         with pytest.raises(ray.exceptions.RayTaskError, match="has made no progress for"):
             ray.get(ref, timeout=WAIT_S)
-        assert ray.get(server.work.remote(trace), timeout=WAIT_S) == 2
+        assert ray.get(server.work.remote(trace, LONG_S), timeout=WAIT_S) == 2
 
 
 @pytest.mark.ray
@@ -691,15 +693,20 @@ def test_a_driver_that_hangs_in_c(run: faultguard.Run) -> None:
     """Its process is not ended: `StalledError` waits until it comes back to Python."""
     faultguard.manager()  # or the beater may still be making it when the cluster goes
     read, write = os.pipe()
-    timer = threading.Timer(3, os.write, (write, b"!"))
-    timer.start()
+    told: list[str] = []
+
+    def come_back() -> None:
+        wait_until(lambda: "faultguard.stall_stays" in told)
+        os.write(write, b"!")
+
+    back = threading.Thread(target=come_back)
+    back.start()
 
     def work() -> None:
         with faultguard.checkpointed("driver", stall_timeout=0.5) as ckpt:
             for _ in ckpt.batches(range(3)):
                 os.read(read, 1)
 
-    told: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: told.append(vars(record).get("event", ""))  # type: ignore[method-assign]
     logging.getLogger("faultguard").addHandler(handler)
@@ -709,7 +716,7 @@ def test_a_driver_that_hangs_in_c(run: faultguard.Run) -> None:
     finally:
         logging.getLogger("faultguard").removeHandler(handler)
     assert told == ["faultguard.stalled", "faultguard.stall_stays"]
-    timer.join()
+    back.join()
     os.close(read)
     os.close(write)
 
@@ -726,8 +733,9 @@ def test_async_actors_are_told_and_go_on(run: faultguard.Run, capfd: pytest.Capt
             logging.getLogger("faultguard").addHandler(handler)
             async with faultguard.checkpointed("w", stall_timeout=0.5) as ckpt:
                 for batch in ckpt.batches(range(3)):
-                    if batch == 1:
-                        await asyncio.sleep(3)
+                    deadline = time.monotonic() + LONG_S
+                    while batch == 1 and "faultguard.stall_stays" not in told and time.monotonic() < deadline:  # noqa: ASYNC110 - another thread tells
+                        await asyncio.sleep(0.1)
                 return ckpt.current_batch, told
 
     server = start(Server)
