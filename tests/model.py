@@ -110,7 +110,7 @@ class Ledger:
     completed: dict[int, bytes] = field(default_factory=dict)  # per life: the value that was recorded
     failed_ends: list[tuple[int, int]] = field(default_factory=list)  # (life, landed): each refills the budget of what follows
     refills: list[tuple[int, int]] = field(default_factory=list)  # (life, landed) of records that gave something back
-    begun: dict[tuple[int, int], int] = field(default_factory=dict)  # (life, attempt): the last batch that it has begun
+    begun: dict[int, int] = field(default_factory=dict)  # token: the last batch that the attempt has begun
     excused: list[tuple[int, int, int]] = field(default_factory=list)  # (life, landed, token) of uncharged ends
     heads: list[tuple[int, str]] = field(default_factory=list)  # (landed, task) of every record that was the newest
 
@@ -151,7 +151,7 @@ class Ledger:
         if new.failures == old.failures or old.kind == "end":
             return
         newest, before = new.failures[-1], new.failures[:-1]
-        self._check_culprit(new, newest)
+        self._check_culprit(new.number, old.token, newest)
         at_it = [failure for failure in new.failures if failure.pinned and batch_of(failure.place) == batch_of(newest.place)]
         aside = len(new.quarantined) - len(old.quarantined)
         if aside and (aside, new.quarantined[-1]) != (1, newest.place):
@@ -165,11 +165,11 @@ class Ledger:
             raise Violation(f"G5: record {new.number} charges {new.charged} after {old.charged}, and nothing was given back")
         self.refills.append((new.life, moment))
 
-    def _check_culprit(self, new: Record, failure: FailureRecord) -> None:
+    def _check_culprit(self, number: int, token: int, failure: FailureRecord) -> None:
         """What is said to have failed was not followed by another batch."""
-        last = self.begun.get((new.life, failure.attempt), -1)
+        last = self.begun.get(token, -1)
         if failure.pinned and (not failure.place or last > failure.place[-1].done):
-            raise Violation(f"record {new.number} blames {failure.place}, and attempt {failure.attempt} was at batch {last}")
+            raise Violation(f"record {number} blames {failure.place}, and attempt {failure.attempt} was at batch {last}")
 
     def _in_turn(self, first: Grant, second: Grant) -> bool:
         """Whether both are of one task, and none of another task came between."""
@@ -256,7 +256,7 @@ class Incarnation:
                 self._pin()
                 return
             self.a += 1
-            self.world.ledger.begun[self.held.life, self.held.attempt] = self.done
+            self.world.ledger.begun[self.held.token] = self.done
             return
         if self.done == self.world.poison:
             self.leave("exception") if self.held.attempt % 4 == 3 else self.die() if self.held.attempt % 4 == 2 else self.fail()

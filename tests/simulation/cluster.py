@@ -330,7 +330,7 @@ class Cluster(Scheduler):
             process.held, process.life = result.held, result.held.life
             process.resumed_at = 0 if late or result.snapshot is None else result.snapshot.batch
             if process.begun:
-                world.ledger.begun[result.held.life, result.held.attempt] = process.last_begun
+                world.ledger.begun[result.held.token] = process.last_begun
             world.began(process)
         elif procedure == "claim" and kind == "Finished":
             record = result.record
@@ -378,7 +378,7 @@ class Cluster(Scheduler):
             self.fails(Violation(f"{process.name} is given batch {batch}, which is in quarantine"))
         process.last_begun = batch
         if process.held is not None:
-            self.world.ledger.begun[process.held.life, process.held.attempt] = batch
+            self.world.ledger.begun[process.held.token] = batch
 
     def works(self, process: Process, ckpt: Any, batch: int) -> None:
         """In the middle of a batch."""
