@@ -39,13 +39,14 @@ def say_resumed(handle: Checkpoint, held: Held, max_failures: int, wait_s: float
     there = "there" if failure.position == handle.position else f"at {place_of(failure.position)}"
     how = f"with {failure.message}" if failure.message else f"by {failure.cause} (pid {failure.pid})"
     when = f" {ago:.1f} s ago" if failure.cause != "crash" else ""
+    known = bool(failure.message) or failure.pinned  # else all that is known is what it had saved
+    end = f"failed {there}{when} {how}" if known else f"ended{when} {how}, at that batch or a later one"
     after = f", after a wait of {wait_s:.1f} s" if wait_s >= LONG_WAIT_S else ""
     emit = _events.emit_beside if beside else _events.emit
     emit(
         logging.WARNING,
         "faultguard.attempt_resumed",
-        f"'{handle.task}/{handle.worker_id}' attempt {held.attempt}{of} resumes at {where}{after}: attempt {failure.attempt} failed "
-        f"{there}{when} {how}.",
+        f"'{handle.task}/{handle.worker_id}' attempt {held.attempt}{of} resumes at {where}{after}: attempt {failure.attempt} {end}.",
         **handle.fields(),
         cause=failure.cause,
         node=failure.node_id,

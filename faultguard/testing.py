@@ -19,6 +19,7 @@ import inspect
 import io
 import sys
 import time
+import warnings
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -40,6 +41,7 @@ __all__ = ["ResumabilityError", "ResumabilityReport", "check_resumable"]
 
 MAX_KILLS = 1000
 MAX_SECONDS = 60.0
+ENOUGH = 0.5  # of all kills: where fewer were tried and nobody has said so, it is told
 MAX_ELSEWHERE = 5  # kills after which the work goes on in another process
 
 
@@ -71,8 +73,11 @@ class ResumabilityReport:
     def __str__(self) -> str:
         """In one line."""
         elsewhere = f", {self.other_process} times continued in another process" if self.other_process else ""
-        kills = f"{self.kills}" if self.is_complete else f"{self.kills} of {self.possible}"
-        return f"{self.task!r} resumes right: {self.batches} batches, killed at {kills} places{elsewhere}, in {self.seconds:.2f} s"
+        done = f"{self.batches} batches, killed at"
+        if self.is_complete:
+            return f"{self.task!r} resumes right: {done} {self.kills} places{elsewhere}, in {self.seconds:.2f} s"
+        tried = f"{self.kills} of {self.possible} places"
+        return f"{self.task!r} resumes right where it was tried: {done} {tried}{elsewhere}, in {self.seconds:.2f} s"
 
 
 def check_resumable(
@@ -100,7 +105,8 @@ def check_resumable(
         effects: gives what the task has done to the world, such as the content of a table; compared after every resume, too. Needs `reset`.
         reset: undoes that. Called before the undisturbed run, and before each kill.
         max_kills: how many kills are tried; of more than that a part, evenly spread, and the report says so.
-        max_seconds: likewise; as many kills as take about so long.
+        max_seconds: likewise; as many kills as take about so long. Each takes as long as the task, so give it a small input. Where less
+            than half of the kills were tried, and neither limit was given, that is a `UserWarning`.
         other_process: whether it goes on in a new process as well, with another hash seed, where sets have another order and nothing of
             this process is left; `effects` are not compared there. Takes a second or so. None: if the task has to do with sets or hashes.
 
@@ -126,7 +132,13 @@ def check_resumable(
             rehearsal.check(trial)
         continued = rehearsal.check_elsewhere(elsewhere, asked=bool(other_process)) if elsewhere is not None else 0
     batches = len(rehearsal.story.ends)
-    return ResumabilityReport(rehearsal.name, batches, len(trials), possible, continued, time.perf_counter() - started)
+    report = ResumabilityReport(rehearsal.name, batches, len(trials), possible, continued, time.perf_counter() - started)
+    if report.kills < ENOUGH * report.possible and (max_kills, max_seconds) == (MAX_KILLS, MAX_SECONDS):
+        text = (
+            f"{report}; what goes wrong elsewhere was not seen. Give it less input, or say with max_seconds= and max_kills= what is enough"
+        )
+        warnings.warn(text, stacklevel=2)
+    return report
 
 
 def _check_options(effects: object, reset: object, max_kills: object, max_seconds: object) -> None:

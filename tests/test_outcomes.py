@@ -325,6 +325,27 @@ def test_a_failure_in_a_nested_loop_says_where(settings: Settings, caplog: pytes
     assert text in warning.getMessage()
 
 
+def test_of_a_crash_it_is_said_how_far_the_attempt_had_come_at_least(
+    settings: Settings, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where it ended nobody knows: what it had done since its last checkpoint is to be done again."""
+
+    def crashes() -> int:
+        ckpt = faultguard.current()
+        for batch in ckpt.batches(range(4)):
+            if ckpt.attempt == 1 and batch == 3:
+                wait_until(lambda: ckpt.durable_batch == 3)
+                raise KeyboardInterrupt
+        return ckpt.current_batch
+
+    monkeypatch.setattr(_attempt._Task, "_leave", lambda *_: None)
+    with pytest.raises(KeyboardInterrupt):
+        execute(settings, crashes, max_failures=2)
+    assert execute(settings, crashes, ray_attempt=1, max_failures=2) == 4
+    text = f"attempt 2 of 3 resumes at batch 3 of 4: attempt 1 ended by crash (pid {os.getpid()}), at that batch or a later one."
+    wait_until(lambda: any(text in record.getMessage() for record in caplog.records))
+
+
 def test_a_recorded_failure_is_given_again(settings: Settings) -> None:
     """A task that failed for good does not run again for the same task of Ray's: it gives the failures that were recorded."""
 

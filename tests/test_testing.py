@@ -18,7 +18,7 @@ import pytest
 import ray
 
 import faultguard
-from faultguard import FaultguardError, UsageError, batches, checkpointed, current, recoverable
+from faultguard import FaultguardError, UsageError, batches, checkpointed, current, recoverable, testing
 from faultguard._difference import difference
 from faultguard.testing import Rehearsal, ResumabilityError, ResumabilityReport, check_resumable
 
@@ -451,6 +451,14 @@ def test_slow_loops_are_tried_within_a_time() -> None:
     """As many kills as take about that long; at least one of each kind."""
     report = check_resumable(a_total_twin, list(range(100)), max_seconds=1e-6)
     assert report.kills == 5
+
+
+def test_a_thin_proof_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a slow loop so few kills are tried that what goes wrong may be missed: nobody is to take that for a proof unasked."""
+    monkeypatch.setattr(testing, "MAX_SECONDS", 0.002)
+    with pytest.warns(UserWarning, match=r"resumes right where it was tried: .* killed at \d+ of \d+ places.*; .*Give it less input"):
+        check_resumable(a_total_twin, list(range(100)), max_seconds=0.002)
+    check_resumable(a_total_twin, list(range(100)), max_seconds=0.003)  # it is what was asked for: a warning would fail this test
 
 
 def test_a_lagging_checkpoint_is_tried() -> None:
