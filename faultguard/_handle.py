@@ -409,17 +409,24 @@ class Checkpoint:
             raise UsageError(msg)
         if look := time.monotonic() >= self._schedule.look_at:
             self._hear()
+        if wait:
+            with self.guard.paused():  # or an exception could come between the count and the snapshot
+                self._count(loop, n)
+                self._schedule.boundary(time.monotonic(), n)
+                self._write_now(wait=True)
+                self._raise_stop()
+        else:
+            self._count(loop, n)
+            if look:
+                self._boundary(n)
+
+    def _count(self, loop: Loop, n: int) -> None:
+        """So many batches of a loop are done."""
         self._cursors.done(loop, n)
         if loop.name == HAND_WRITTEN and self._by_hand is None:
             self._by_hand = loop
             self.guard.enter()
             self.guard.loop_begins()
-        if wait:
-            self._schedule.boundary(time.monotonic(), n)
-            self._write_now(wait=True)
-            self._raise_stop()
-        elif look:
-            self._boundary(n)
 
     def save(self, *, wait: bool = False) -> None:
         """Take a snapshot now. Only where no batch is in hand: before a loop, after `advance`, after a loop.
