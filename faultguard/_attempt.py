@@ -294,7 +294,7 @@ def _open(
     handle = _handle(settings, options, journal, schedule, granted.snapshot)
     if granted.damaged:
         say_damaged(handle, granted.damaged)
-    if identity.attempt and granted.head is None:
+    if identity.attempt and not identity.is_guess and granted.head is None:
         say_from_zero(handle)
     if granted.held.attempt > 1 and granted.held.failures:
         say_resumed(handle, granted.held, me.max_failures, beside=True)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from faultguard import _attempt, _ray, _session
+from faultguard import _attempt, _events, _ray, _session
 from faultguard._core.log import Finished
 from faultguard._core.names import check_worker_id
 from faultguard._core.records import Ended, FailureRecord, Outcome
@@ -213,6 +214,7 @@ class checkpointed:  # noqa: N801 - read as `with checkpointed(...)`
 
     def _open(self, worker_id: str, task: _session.TaskContext | None, settings: Settings, identity: _ray.Identity) -> _session.TaskContext:
         """A worker of its own."""
+        identity = _ordered(identity)
         options = _attempt.TaskOptions(
             name=task.handle.task if task is not None else identity.task_name,
             state=self._state,
@@ -269,6 +271,16 @@ class checkpointed:  # noqa: N801 - read as `with checkpointed(...)`
         cause = _attempt.cause_of_leaving(error)
         failure = opened.failure(error) if self._on_poison == "skip" and isinstance(error, Exception) else None
         return Ended(cause, charged=failure is not None), failure
+
+
+def _ordered(identity: _ray.Identity) -> _ray.Identity:
+    """With the order of a call that Ray repeats. Not to know it is to be told that a predecessor, should there be one, holds the worker."""
+    try:
+        return _ray.ordered(identity)
+    except Exception as error:  # noqa: BLE001 - whatever Ray raises where its head does not answer
+        text = f"how often the actor was started again is not known: {error!r}"
+        _events.emit(logging.DEBUG, "faultguard.attempt_unknown", text, ray_worker=identity.ray_worker)
+        return identity
 
 
 def check_keep(keep: object) -> int:

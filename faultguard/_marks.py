@@ -35,7 +35,7 @@ def write(workers: Iterable[Held], kill_after_s: float | None, *, hosts_others: 
     if not _ray.is_ready():  # nobody can look
         return
     me = this_process()
-    mark = Mark(me.boot_id, time.monotonic(), tuple(workers), kill_after_s, hosts_others)
+    mark = Mark(me.boot_id, time.monotonic(), tuple(workers), kill_after_s, hosts_others, _ray.node_id())
     path = _path(me)
     try:
         _replace(path, msgspec.json.encode(mark))
@@ -64,8 +64,9 @@ def read(process: ProcessId) -> Mark | None:
 
 
 def read_all() -> list[tuple[ProcessId, Mark]]:
-    """What the living processes of this node have said last."""
-    return [(process, mark) for _, process, mark in _files(_directory()) if is_dead(process) is False]
+    """What the living processes of this node have said last; those of another node on this host lie in the same folder."""
+    here = _ray.node_id()
+    return [(process, mark) for _, process, mark in _files(_directory()) if mark.node_id == here and is_dead(process) is False]
 
 
 def _decode(path: Path) -> Mark | None:

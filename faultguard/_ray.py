@@ -5,8 +5,9 @@ Facts behind it were measured on Ray 2.60 and are pinned by `tests/test_ray_fact
 
 from __future__ import annotations
 
+import functools
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -41,8 +42,10 @@ __all__ = [
     "kv_get",
     "kv_put",
     "needs_of_task",
+    "node_id",
     "node_with_room",
     "options_at_submission",
+    "ordered",
     "outcome_of",
     "ready_refs",
     "refuse_client_mode",
@@ -71,6 +74,7 @@ class Identity:
     in_actor: bool = False
     ray_worker: str = ""
     home_id: str = ""  # of the node where the task waits that runs on this one
+    is_guess: bool = False  # `attempt` is how often the actor was started again: the call may be a first one
 
 
 def is_ready() -> bool:
@@ -106,6 +110,24 @@ def identity() -> Identity:
     )
 
 
+def ordered(identity: Identity) -> Identity:
+    """The same, where it is that of a method of an async actor: which attempt that is Ray does not tell a coroutine.
+
+    It repeats a call when it has started the actor again, so how often it has done that orders the attempts as well. May ask Ray's head.
+    """
+    worker: Any = ray._private.worker.global_worker  # noqa: SLF001 - no public name
+    if not identity.in_actor or not worker.core_worker.current_actor_is_asyncio():
+        return identity
+    restarts = _restarts(ray.get_runtime_context().get_actor_id())
+    return replace(identity, attempt=restarts, is_guess=True)
+
+
+@functools.lru_cache(maxsize=1)
+def _restarts(actor_id: str) -> int:
+    """How often the actor of this process had been started again when it asked first: the next start is another process."""
+    return int(ray._private.state.actors(actor_id)["NumRestarts"])  # noqa: SLF001 - no public name
+
+
 def runs_several() -> bool:
     """Whether this process may run other work than one task: a driver, and an actor whose methods run beside one another."""
     worker: Any = ray._private.worker.global_worker  # noqa: SLF001 - no public name
@@ -113,6 +135,11 @@ def runs_several() -> bool:
         return True
     core = worker.core_worker
     return bool(core.current_actor_is_asyncio() or core.current_actor_max_concurrency() > 1)
+
+
+def node_id() -> str:
+    """Of the node that this process belongs to; on any thread."""
+    return str(ray.get_runtime_context().get_node_id())
 
 
 def session_name() -> str:

@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 __all__ = ["Section", "StallGuard", "first_stack", "stacks"]
 
 
+ARRIVES_STEPS = 1000  # of the interpreter; it looks after each call, and each turn of a loop
+
+
 class StallGuard:
     """Where one attempt stands, and whether it may be struck there.
 
@@ -162,7 +165,7 @@ class StallGuard:
         """Under the lock: take back an exception that has not arrived."""
         if self._pending:
             self._pending = False
-            _set_async(self._thread, None)
+            _take_back(self._thread)
 
     # --- on the thread of the watcher ---
 
@@ -328,3 +331,21 @@ def _set_async(thread: int | None, error: type[BaseException] | None) -> bool:
     target = ctypes.c_ulong(thread or 0)
     found: int = ctypes.pythonapi.PyThreadState_SetAsyncExc(target, ctypes.py_object(error) if error is not None else None)
     return found == 1
+
+
+class _Nothing(BaseException):
+    """Arrives where it was set, and ends there."""
+
+
+def _take_back(thread: int | None) -> None:
+    """Take back an exception that has not arrived.
+
+    Up to Python 3.12 the interpreter goes on looking for it until one arrives somewhere: every thread at each of its steps, and one
+    that is traced, by a debugger or for coverage, does nothing else any more (3.11). So one arrives here.
+    """
+    _set_async(thread, None)
+    with contextlib.suppress(_Nothing):
+        _set_async(threading.get_ident(), _Nothing)
+        for _ in range(ARRIVES_STEPS):
+            pass
+        _set_async(threading.get_ident(), None)  # it should have

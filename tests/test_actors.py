@@ -189,6 +189,13 @@ def test_cancel_of_a_call_of_an_async_actor(run: faultguard.Run, trace: Trace) -
 # --- threaded, and what all three do when they are told to stop -------------------------------------------------------
 
 
+def die_once(worker_id: str, trace: Trace) -> None:
+    """If the test says so."""
+    if trace.notes("dies", worker_id) and not trace.notes("died"):
+        trace.note("died", worker_id)
+        os._exit(1)
+
+
 def make_holder(kind: str, **options: Any) -> Any:
     """An actor of a kind, with methods that hold a worker in a loop until the test says "go"."""
 
@@ -202,7 +209,8 @@ def make_holder(kind: str, **options: Any) -> Any:
                         break
                     time.sleep(0.02)
                     ckpt.advance()
-                return ckpt.attempt
+            die_once(worker_id, trace)
+            return ckpt.attempt
 
         def pid(self) -> int:
             return os.getpid()
@@ -217,7 +225,8 @@ def make_holder(kind: str, **options: Any) -> Any:
                         break
                     await asyncio.sleep(0.02)
                     ckpt.advance()
-                return ckpt.attempt
+            die_once(worker_id, trace)
+            return ckpt.attempt
 
         async def pid(self) -> int:
             return os.getpid()
@@ -303,6 +312,32 @@ def test_a_call_that_ray_repeats_resumes(run: faultguard.Run, trace: Trace, kind
     trace.note("go", "test")
     assert get(ref) == 2
     assert trace.begins("w")[1] > 0
+    ray.kill(actor)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_call_that_ray_repeats_after_its_block_is_not_refused(run: faultguard.Run, trace: Trace, kind: str) -> None:
+    """The process dies between the end of the block and the reply: the call that comes again has no second block."""
+    actor = make_holder(kind, max_restarts=1, max_task_retries=1)
+    trace.note("go", "test")
+    trace.note("dies", "w")
+    get(actor.hold.remote("w", trace))
+    assert len(trace.notes("died")) == 1
+    ray.kill(actor)
+
+
+def test_a_repeated_call_of_an_async_actor_replaces_one_that_lives(run: faultguard.Run, trace: Trace) -> None:
+    """Ray repeats what it has given up, on a node that froze, say: the successor is known as one, also where the other may live."""
+    actor = make_holder("async", max_restarts=1, max_task_retries=1)
+    ref = actor.hold.remote("w", trace)
+    wait_until(lambda: begun(trace, "w"), WAIT_S)
+    os.kill(trace.notes("batch")[0]["pid"], signal.SIGKILL)
+    wait_until(lambda: begun(trace, "w", attempt=2), WAIT_S)
+    trace.note("go", "test")
+    assert get(ref) == 2
+    claims = [record.owner for record in records(run, "AsyncHolder.hold", "w") if record.kind == "claim"]
+    assert len({owner.task_id for owner in claims}) == 1
+    assert [owner.ray_attempt for owner in claims] == [0, 1]
     ray.kill(actor)
 
 

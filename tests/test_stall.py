@@ -8,9 +8,11 @@ import logging
 import os
 import random
 import re
+import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import pytest
@@ -29,7 +31,6 @@ from tests.tasks import NOWAIT, Trace, assert_whole, hang, records, told, wait_u
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from pathlib import Path
 
     from typing_extensions import Self
 
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
 WAIT_S = 90
 LONG_S = 60.0  # of a hang that is to be ended before
 STALL_SEEN_S = 12.0  # to look at all stacks takes a busy machine seconds
+TRACED_S = 60.0
+REPOSITORY = Path(__file__).parents[1]
 SHORT_S = 0.4  # a timeout of tests without a cluster
 ROUNDS = 80
 EDGE_ROUNDS = 64
@@ -658,6 +661,40 @@ def test_hung_in_c_for_ever(run: faultguard.Run, trace: Trace) -> None:
 def start(server: type, **options: Any) -> Any:
     """An actor."""
     return cast("Any", ray.remote(server)).options(num_cpus=0.5, **options).remote()
+
+
+TRACED = """
+import os, sys, threading
+from faultguard._core.schedule import Schedule
+from faultguard._stall import StallGuard
+
+guard, entered = StallGuard(Schedule("auto", 0.0), lambda: "batch"), threading.Event()
+
+def loop():
+    guard.enter()
+    entered.set()
+    threading.Event().wait(60)
+
+threading.Thread(target=loop, daemon=True).start()
+assert entered.wait(10)
+while not guard.strike(guard.look()[0], ValueError()):
+    pass
+guard.leave()
+
+def called():
+    return 1
+
+sys.settrace(lambda *_: None)
+assert called() == 1
+print("came back", flush=True)
+os._exit(0)
+"""
+
+
+def test_after_a_stall_that_was_taken_back_the_process_can_be_traced() -> None:
+    """By a debugger, for coverage, or by `check_resumable`: Python 3.11 would look for the lost exception for ever."""
+    done = subprocess.run([sys.executable, "-c", TRACED], cwd=REPOSITORY, capture_output=True, text=True, timeout=TRACED_S, check=False)
+    assert done.stdout == "came back\n", done.stderr
 
 
 @pytest.mark.ray

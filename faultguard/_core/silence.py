@@ -34,6 +34,7 @@ class Mark(msgspec.Struct, frozen=True):
         workers: what it holds.
         kill_after_s: how long all of it may stand still, and run, before it may be ended; None: it may not.
         hosts_others: it is a driver, or other work than that of one task runs in it: it may not be ended at all.
+        node_id: of Ray's node that it belongs to, several of which may be on one host.
     """
 
     boot_id: str
@@ -41,6 +42,7 @@ class Mark(msgspec.Struct, frozen=True):
     workers: tuple[Held, ...]
     kill_after_s: float | None = None
     hosts_others: bool = False
+    node_id: str = ""
 
 
 class Verdict(enum.Enum):

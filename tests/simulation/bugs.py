@@ -45,6 +45,6 @@ BUGS: dict[str, Variant | Callable[[Library], None]] = {
         "if isinstance(self._opened, Deferred) and self._is_over():",
     ),
     "absence of the process counts as a stall": Variant("faultguard._watcher", "awake = _clock.read(now)", "awake = now"),
-    "stall that arrives after its batch": Variant("faultguard._stall", "_set_async(self._thread, None)", "pass"),
+    "stall that arrives after its batch": Variant("faultguard._stall", "_take_back(self._thread)", "pass"),
     "newest token wins": plant,
 }
