@@ -86,12 +86,13 @@ class SimLedger(Ledger):
 
     def _check_budget(self, new: Grant) -> None:
         since = any(life == new.life and landed <= new.landed for life, landed in [*self.failed_ends, *self.refills])
-        writers = {record.owner.writer for record in self.records()}  # what stands in the log is charged, or excused, like any other
+        owners = [record.owner for record in self.records()]
+        writers = {owner.writer for owner in owners}  # what stands in the log is charged, or excused, like any other
         first = min(
             self.grants, key=lambda grant: grant.landed
         ).owner.task_id  # another task that has taken the id owes nothing for this one
         extra = sum(process.begun and process.name not in writers and process.identity.task_id == first for process in self.unclaimed)
-        if new.life > 1 or since:
+        if new.life > 1 or since or any(owner.task_id != first for owner in owners):  # a log that others have begun hides that nothing was
             extra = 0
         limit = self.max_failures
         self.max_failures = limit - extra if limit >= 0 else limit
