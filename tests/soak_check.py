@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from faultguard._core.records import Record
 
@@ -17,12 +17,13 @@ ENDS = {
     "exit": {"crash"},
     "hang in Python": {"stall"},
     "hang in C": {"stall"},
-    "hang with the GIL": {"crash"},
+    "hang with the GIL": {"crash", "stall"},
     "burn": set(),
     "SIGKILL": {"crash"},
     "SIGTERM": {"terminated"},
-    "SIGSTOP": {"crash"},
+    "SIGSTOP": {"crash", "stopped"},
     "SIGSTOP and SIGCONT": set(),
+    "record damaged": {"crash"},
     "faultguard.cancel": {"cancelled"},
     "ray.cancel": {"cancelled"},
     "driver killed": {"crash", "terminated"},  # Ray gives the workers of a dead driver some milliseconds
@@ -30,6 +31,7 @@ ENDS = {
     "node killed": {"crash"},
     "node frozen": {"crash"},
     "raylet frozen": {"crash", "terminated"},
+    "out of memory": {"oom", "crash"},  # Ray's table may not say it yet
     "node drained": {"drained", "crash"},  # who does not leave in time dies with it; only a worker without progress is charged
     "node given up": {"crash"},  # by Ray itself, on a machine that is too busy
     "process given up": {"crash", "terminated"},  # likewise
@@ -41,7 +43,7 @@ BUDGET = 1
 
 KILLED_BY_US = frozenset({"SIGSTOP", "hang with the GIL"})
 BOUNDED = "bounded"
-UNDECORATED = frozenset({"block", "actor"})  # their exceptions are their callers' business
+UNDECORATED = frozenset({"block", "actor", "threaded", "async"})  # their exceptions are their callers' business
 EXCUSED = frozenset({"terminated", "drained"})
 TOKENS = 10**9  # per driver of a named run; the rest is the number of the claim
 NOTES = frozenset({"cancelled", "terminated", "drained"})  # ends of which nothing is known if the store takes no note
@@ -51,13 +53,18 @@ NO_PROGRESS = 3  # an attempt that began no more batches may have saved nothing
 
 @dataclass
 class Fault:
-    """One that took place: it meets a worker's attempt (0: whichever works when it arrives), a process, or a node."""
+    """One that took place: it meets a worker's attempt (0: whichever works when it arrives), a process, or a node.
+
+    Where it damaged the newest record of the attempt with that token, `left` is how many batches the one below holds.
+    """
 
     kind: str
     worker: str = ""
     attempt: int = 0
     pid: int = 0
     node: str = ""
+    token: int = 0
+    left: int = 0
     time: float = field(default_factory=time.time)
 
     def explains(self, cause: str, sick: Sequence[tuple[float, float]] = ()) -> bool:
@@ -106,7 +113,7 @@ def problems_of(
     ordered = [Fault(note["kind"], worker, note["attempt"]) for note in notes if note["what"] == "fault"]
     yield from _unexplained(worker, kind, claims, notes, [*faults, *ordered], _failed(log), sick)
     yield from _misses(worker, notes)
-    yield from _behind(worker, notes)
+    yield from _behind(worker, notes, {fault.token: fault.left for fault in faults if fault.token and fault.worker == worker})
     end = log[-1]
     if end.kind != "end" or end.outcome is None or end.outcome.status != "completed":
         yield f"{worker}: its log ends with a {end.kind}, not with an outcome"
@@ -140,7 +147,9 @@ def _unexplained(
         if claim.owner.writer == after.owner.writer and claim.attempt == after.attempt:
             continue  # tried twice: nothing ran under the first one
         end = next((end for end in failed if claim.number < end.number < after.number), None)
-        cause = after.predecessor if end is None else end.failures[-1].cause
+        charged = (after if end is None else end).charged - claim.charged
+        failures = end.failures if end is not None else after.failures if charged else ()
+        cause = failures[-1].cause if failures else after.predecessor  # of a crash the history knows more
         where = f"{worker} attempt {claim.attempt} (pid {claim.owner.pid})"
         found = min((fault for fault in left if fault.meets(claim) and fault.explains(cause, sick)), key=Fault.reach, default=None)
         if found is None:
@@ -151,7 +160,6 @@ def _unexplained(
         begun = sum(
             note["what"] == "batch" and (note["attempt"], note["token"] % TOKENS) == (claim.attempt, claim.number) for note in notes
         )
-        charged = (after if end is None else end).charged - claim.charged
         if end is not None and after.charged:
             yield f"{where} was the last of its budget, and the next one begins with {after.charged} charged"
         if charged not in {0, 1} or (charged and (cause == "cancelled" or (cause in EXCUSED and begun > NO_PROGRESS))):
@@ -171,10 +179,11 @@ def _misses(worker: str, notes: Sequence[dict[str, Any]]) -> Iterator[str]:
             return
 
 
-def _behind(worker: str, notes: Sequence[dict[str, Any]]) -> Iterator[str]:
+def _behind(worker: str, notes: Sequence[dict[str, Any]], left: Mapping[int, int]) -> Iterator[str]:
     """Attempts that began before what an earlier one was told is durable: it was lost, or a zombie was told so.
 
-    Whenever it was told: a zombie may thaw, and note, after its successor has begun.
+    Whenever it was told: a zombie may thaw, and note, after its successor has begun. Of an attempt whose newest record was damaged
+    what is `left` counts, by its token.
     """
     begins: dict[int, dict[str, Any]] = {}
     told: dict[int, int] = {}
@@ -184,6 +193,7 @@ def _behind(worker: str, notes: Sequence[dict[str, Any]]) -> Iterator[str]:
         durable = note["batch"] if note["what"] == "ack" else note.get("durable", 0)
         if durable:
             told[note["token"]] = max(told.get(note["token"], 0), durable)
+    told.update(left)
     for token, first in begins.items():
         durable = max((batch for earlier, batch in told.items() if earlier < token), default=0)
         if first["batch"] < durable:
