@@ -171,19 +171,25 @@ class Soak:
                 del self.live[ref]
             if not again:
                 self.wrong(f"{job.worker_id} ({job.kind}) failed: {type(error).__name__}: {str(error)[-2000:]}")
+                self._leave_host(job)
                 return True
+            self.say(f"again: {job.worker_id} ({job.kind}) after {type(error).__name__}")
             self.submit(job)
             return False
         if value != expected(job.size):
             self.wrong(f"{job.worker_id} ({job.kind}) gave {str(value)[:200]}, not the result of {job.size} batches")
         with self._lock:
             del self.live[ref]
+        self._leave_host(job)
+        return True
+
+    def _leave_host(self, job: Job) -> None:
+        """An actor that has nobody left is ended."""
         for host in [host for host in self._hosts if job.worker_id in host.workers]:
             host.workers.remove(job.worker_id)
             if not host.workers:
                 self._hosts.remove(host)
                 host.end()
-        return True
 
     def _is_expected(self, job: Job, error: Exception) -> bool:
         """Whether the caller is to submit the worker again: it was cancelled, or it is an actor, whose failures are its caller's."""
