@@ -749,7 +749,8 @@ def check_driver(soak: Soak, driver: Driver, process: subprocess.Popen[bytes]) -
         if not values or any(tuple(value) != expected(job.size) for value in values):
             soak.wrong(f"{job.worker_id} of {driver.run} gave {str(values)[:200]}, not the result of {job.size} batches: {driver.said()}")
             continue
-        for problem in problems_of(job.worker_id, job.kind, job.trace.notes(), soak.log_of(job, f"{driver.run}/*"), soak.faults, soak.sick):
+        faults = [*soak.faults, *ended_by_ray(soak)]
+        for problem in problems_of(job.worker_id, job.kind, job.trace.notes(), soak.log_of(job, f"{driver.run}/*"), faults, soak.sick):
             soak.wrong(f"{problem} ({driver.run}: {job.kind})")
     driver.read.touch()
     if process.wait(WAIT_S) != 0 or f"run {driver.run!r} (#1) closed: {DRIVEN} completed" not in driver.said():
@@ -879,7 +880,8 @@ def check(soak: Soak) -> None:
     """Compare what happened with what was done."""
     soak.faults += ended_by_ray(soak)
     for job in soak.jobs.values():  # whoever ends a process ends all that work in it
-        soak.faults += [Fault(note["kind"], pid=note["pid"]) for note in job.trace.notes("fault") if "crash" in ENDS[note["kind"]]]
+        ends = [note for note in job.trace.notes("fault") if "crash" in ENDS[note["kind"]]]
+        soak.faults += [Fault(note["kind"], pid=note["pid"], time=note["time"]) for note in ends]
     unfinished = {job.worker_id for job in soak.live.values()}
     for job in soak.jobs.values():
         if job.worker_id not in unfinished:

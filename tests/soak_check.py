@@ -83,7 +83,7 @@ class Fault:
         owner = claim.owner
         if self.node:
             return owner.node_id == self.node
-        if self.pid and self.pid == owner.pid:
+        if self.pid and self.pid == owner.pid and claim.saved_at < self.time + NOTE_S:  # later that is another process
             return True
         return self.worker == claim.worker_id and self.attempt in {0, claim.attempt}
 

@@ -56,8 +56,8 @@ def problems(trace: list[dict[str, Any]], records: list[Record], *faults: Fault,
 
 @pytest.mark.parametrize(
     "fault",
-    [Fault("SIGKILL", "w1", 1, 101), Fault("SIGKILL", "w7", 3, 101), Fault("node killed", node=NODE)],
-    ids=["worker", "process", "node"],
+    [Fault("SIGKILL", "w1", 1, 101), Fault("SIGKILL", "w7", 3, 101), Fault("exit", pid=101), Fault("node killed", node=NODE)],
+    ids=["worker", "process", "beside", "node"],
 )
 def test_an_end_that_was_caused_is_none(fault: Fault) -> None:
     """It met the attempt, the process that it ran in, or the node."""
@@ -95,6 +95,13 @@ def test_a_fault_explains_one_end() -> None:
     ]
     assert len(problems(notes(0, 3, 3), records, killed)) == 1
     assert problems(notes(0, 3, 3), records, killed, Fault("SIGKILL", "w1", 2, 102)) == []
+
+
+def test_a_process_that_was_killed_long_before_is_another_one() -> None:
+    """Its number has come again."""
+    late = [replace_record(one, saved_at=1000.0) for one in log()]
+    assert problems(notes(0, 3), late, Fault("SIGKILL", "w7", 3, 101, time=990.0)) == []
+    assert "nobody caused" in problems(notes(0, 3), late, Fault("SIGKILL", "w7", 3, 101, time=900.0))[0]
 
 
 def test_what_meets_all_on_a_node_explains_first() -> None:
