@@ -72,7 +72,7 @@ ROOM_BYTES = 2 << 30  # until Ray's monitor minds; as much again may be taken
 CHUNK_BYTES = 64 << 20
 CHUNK_S = 0.05
 HOARD_S = 10.0
-ENDED_BY_RAY = {"keepalive": "process given up", "NODE_OUT_OF_MEMORY": "out of memory"}
+ENDED_BY_RAY = {"keepalive": "process given up", "NODE_OUT_OF_MEMORY": "out of memory", "owner": "owner lost"}
 
 
 @dataclass(frozen=True)
@@ -867,12 +867,18 @@ def soak_it(soak: Soak) -> None:
 
 
 def ended_by_ray(soak: Soak) -> list[Fault]:
-    """Processes that Ray has ended by itself: for want of memory, or because they did not answer a busy machine in time."""
+    """Processes that Ray has ended by itself: for want of memory, because they did not answer a busy machine in time, or with their owner.
+
+    The owner of an attempt that went to another node is the process that waits for it.
+    """
     logs = Path(soak.nodes.directory) / "session_latest" / "logs"
     exits = re.compile(r"Reporting worker exit, worker id = (\w+),.*(keepalive|NODE_OUT_OF_MEMORY)")
     found = {who: why for log in logs.glob("gcs_server*.out") for who, why in exits.findall(log.read_text(errors="replace"))}
     begun = re.compile(r"Started worker process with pid (\d+) worker_id=(\w+)")
-    pids = {who: int(pid) for log in logs.glob("raylet*.out") for pid, who in begun.findall(log.read_text(errors="replace"))}
+    orphaned = re.compile(r"Killing leased worker because its (owner)(?:'s node)? died. worker_id=(\w+)")
+    raylets = [log.read_text(errors="replace") for log in logs.glob("raylet*.out")]
+    found |= {who: why for text in raylets for why, who in orphaned.findall(text)}
+    pids = {who: int(pid) for text in raylets for pid, who in begun.findall(text)}
     return [Fault(ENDED_BY_RAY[why], pid=pids[who]) for who, why in found.items() if who in pids]
 
 

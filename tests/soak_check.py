@@ -35,6 +35,7 @@ ENDS = {
     "node drained": {"drained", "crash"},  # who does not leave in time dies with it; only a worker without progress is charged
     "node given up": {"crash"},  # by Ray itself, on a machine that is too busy
     "process given up": {"crash", "terminated"},  # likewise
+    "owner lost": {"crash", "terminated"},  # of an attempt on another node: whatever ends the process that waits for it
 }
 """How each fault may end the attempt that it meets."""
 
