@@ -68,12 +68,12 @@ class Fault:
     left: int = 0
     time: float = field(default_factory=time.time)
 
-    def explains(self, cause: str, sick: Sequence[tuple[float, float]] = ()) -> bool:
-        """Whether an attempt that it meets may end so; `sick`: when the store took nothing."""
+    def explains(self, cause: str, sick: Sequence[tuple[float, float]] = (), notes: frozenset[str] = NOTES) -> bool:
+        """Whether an attempt that it meets may end so; `sick`: when the store took nothing, `notes`: what is known by a note alone."""
         if cause in ENDS[self.kind]:
             return True
         unnoted = any(begin < self.time + NOTE_S and self.time < end for begin, end in sick)
-        return cause == "crash" and unnoted and bool(NOTES & ENDS[self.kind])
+        return cause == "crash" and unnoted and bool(notes & ENDS[self.kind])
 
     def reach(self) -> tuple[bool, bool]:
         """What is there for all on a node explains an end before what meets one attempt, and that before what may meet any."""
@@ -111,7 +111,7 @@ def problems_of(
         yield f"{worker}: it has completed, and has no log"
         return
     claims = [record for record in log if record.kind == "claim"]
-    ordered = [Fault(note["kind"], worker, note["attempt"]) for note in notes if note["what"] == "fault"]
+    ordered = [Fault(note["kind"], worker, note["attempt"], time=note.get("time", 0.0)) for note in notes if note["what"] == "fault"]
     yield from _unexplained(worker, kind, claims, notes, [*faults, *ordered], _failed(log), sick)
     yield from _misses(worker, notes)
     yield from _behind(worker, notes, {fault.token: fault.left for fault in faults if fault.token and fault.worker == worker})
@@ -144,6 +144,7 @@ def _unexplained(
 ) -> Iterator[str]:
     """Ends of attempts that nobody caused, and those that were charged and should not have been, or the other way round."""
     left = list(faults)
+    noted = NOTES | {"exception", "stall"} if kind in UNDECORATED else NOTES  # nobody waits for the store there
     for claim, after in itertools.pairwise(claims):
         if claim.owner.writer == after.owner.writer and claim.attempt == after.attempt:
             continue  # tried twice: nothing ran under the first one
@@ -152,7 +153,7 @@ def _unexplained(
         failures = end.failures if end is not None else after.failures if charged else ()
         cause = failures[-1].cause if failures else after.predecessor  # of a crash the history knows more
         where = f"{worker} attempt {claim.attempt} (pid {claim.owner.pid})"
-        found = min((fault for fault in left if fault.meets(claim) and fault.explains(cause, sick)), key=Fault.reach, default=None)
+        found = min((fault for fault in left if fault.meets(claim) and fault.explains(cause, sick, noted)), key=Fault.reach, default=None)
         if found is None:
             there = [fault.kind for fault in left if fault.meets(claim)]
             yield f"{where} ended by {cause!r}, which nobody caused; what took place there: {there}"

@@ -122,6 +122,9 @@ def test_a_note_that_the_store_did_not_take_is_a_crash() -> None:
     told = Fault("SIGTERM", "w1", 1, 101, time=100.0)
     assert list(problems_of("w1", "each", notes(0, 3), log(), [told], [(90.0, 101.0)])) == []
     assert len(list(problems_of("w1", "each", notes(0, 3), log(), [told], [(80.0, 99.0)]))) == 1
+    hung = Fault("hang in Python", "w1", 1, time=100.0)
+    assert list(problems_of("w1", "threaded", notes(0, 3), log(), [hung], [(90.0, 101.0)])) == []
+    assert len(list(problems_of("w1", "each", notes(0, 3), log(), [hung], [(90.0, 101.0)]))) == 1
 
 
 def test_what_was_durable_is_not_behind() -> None:
