@@ -30,6 +30,7 @@ from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import ray
 
@@ -37,18 +38,20 @@ import faultguard
 from faultguard._core.names import record_number
 from faultguard._core.records import decode_record
 from tests.nodes import Nodes, alive, some_nodes
-from tests.soak_check import BOUNDED, BUDGET, KILLED_BY_US, Fault, problems_of
+from tests.soak_check import BOUNDED, BUDGET, ENDS, KILLED_BY_US, Fault, problems_of
 from tests.soak_tasks import (
+    ACTORS,
     DECORATED,
     KINDS,
     ORDERS,
+    SHARED,
+    Host,
     Job,
     Limits,
     PlannedError,
     bounded,
     decorated,
     met_by,
-    start_server,
     undecorated,
 )
 from tests.tasks import Trace, expected, manager_pid, open_files, our_threads, wait_until
@@ -65,6 +68,11 @@ PAUSE_S = 2.0
 MAX_REFUSALS = 20
 DRIVEN = 2  # workers of a driver of its own
 PR_SET_CHILD_SUBREAPER = 36
+ROOM_BYTES = 2 << 30  # until Ray's monitor minds; as much again may be taken
+CHUNK_BYTES = 64 << 20
+CHUNK_S = 0.05
+HOARD_S = 10.0
+ENDED_BY_RAY = {"keepalive": "process given up", "NODE_OUT_OF_MEMORY": "out of memory", "owner": "owner lost"}
 
 
 @dataclass(frozen=True)
@@ -79,8 +87,9 @@ class Size:
 
 
 TASKS: dict[str, Any] = {BOUNDED: bounded}
+TURNS = [kind for kind in KINDS for _ in range(2 if kind in SHARED else 1)]  # in pairs, so that they meet
 LONG = Size(20, 12, 3, (100, 400), Limits(1.0, 6.0, 6.0))
-SHORT = Size(10, 6, 4, (60, 160), Limits(0.5, 3.0, 2.0))  # for less than a minute
+SHORT = Size(13, 6, 4, (60, 160), Limits(0.5, 3.0, 2.0))  # for less than a minute
 
 
 class Soak:
@@ -102,10 +111,11 @@ class Soak:
         self.jobs: dict[str, Job] = {}
         self.drivers: list[Driver] = []
         self.happened: set[str] = set()
+        self.causes: collections.Counter[str] = collections.Counter()
         self.sick: list[tuple[float, float]] = []
         self.live: dict[Any, Job] = {}
-        self._wanted: queue.Queue[Future[Any]] = queue.Queue()
-        self._servers: dict[str, Any] = {}
+        self._wanted: queue.Queue[tuple[Future[Any], dict[str, str]]] = queue.Queue()
+        self._hosts: list[Host] = []
         self._busy: set[str] = set()
         self._again: collections.Counter[str] = collections.Counter()
         self._lock = threading.Lock()
@@ -126,7 +136,7 @@ class Soak:
     def submit_new(self) -> None:
         """One more worker, of the kind whose turn it is."""
         number = len(self.jobs)
-        kind = list(KINDS)[number % len(KINDS)]
+        kind = TURNS[number % len(TURNS)]
         size = self._rng.randrange(*self.size.batches, 10)
         job = Job(f"w{number}", kind, size, self._rng.uniform(0.03, 0.1), self.folder, self.limits)
         self.jobs[job.worker_id] = job
@@ -134,14 +144,21 @@ class Soak:
 
     def submit(self, job: Job) -> None:
         """Start a worker, or let it resume."""
-        if job.kind == "actor":
-            if job.worker_id not in self._servers:
-                self._servers[job.worker_id] = start_server()
-            ref = self._servers[job.worker_id].work.remote(job)
+        if job.kind in ACTORS:
+            ref = self._host_of(job).start(job)
         else:
             ref = TASKS.get(job.kind, decorated if job.kind in DECORATED else undecorated).remote(job)
         with self._lock:
             self.live[ref] = job
+
+    def _host_of(self, job: Job) -> Host:
+        """The actor that has it, else one of its kind that has room for it."""
+        hosts = [host for host in self._hosts if job.worker_id in host.workers]
+        hosts += [host for host in self._hosts if host.kind == job.kind and len(host.workers) < host.room]
+        if not hosts:
+            hosts = [Host(job.kind)]
+            self._hosts += hosts
+        return hosts[0]
 
     def settle(self, ref: Any) -> bool:
         """Take a result. Returns whether the worker is done."""
@@ -154,17 +171,25 @@ class Soak:
                 del self.live[ref]
             if not again:
                 self.wrong(f"{job.worker_id} ({job.kind}) failed: {type(error).__name__}: {str(error)[-2000:]}")
+                self._leave_host(job)
                 return True
+            self.say(f"again: {job.worker_id} ({job.kind}) after {type(error).__name__}")
             self.submit(job)
             return False
         if value != expected(job.size):
             self.wrong(f"{job.worker_id} ({job.kind}) gave {str(value)[:200]}, not the result of {job.size} batches")
         with self._lock:
             del self.live[ref]
-        server = self._servers.pop(job.worker_id, None)
-        if server is not None:
-            ray.kill(server)
+        self._leave_host(job)
         return True
+
+    def _leave_host(self, job: Job) -> None:
+        """An actor that has nobody left is ended."""
+        for host in [host for host in self._hosts if job.worker_id in host.workers]:
+            host.workers.remove(job.worker_id)
+            if not host.workers:
+                self._hosts.remove(host)
+                host.end()
 
     def _is_expected(self, job: Job, error: Exception) -> bool:
         """Whether the caller is to submit the worker again: it was cancelled, or it is an actor, whose failures are its caller's."""
@@ -181,7 +206,7 @@ class Soak:
             return "store away" in self.happened
         if isinstance(error, cancelled) and any(f.worker == job.worker_id and "cancel" in f.kind for f in self.faults):
             return True
-        return job.kind == "actor" and isinstance(error, (PlannedError, faultguard.StalledError, ray.exceptions.RayActorError))
+        return job.kind in ACTORS and isinstance(error, (PlannedError, faultguard.StalledError, ray.exceptions.RayActorError))
 
     def is_live(self, job: Job) -> bool:
         """Whether it is not done."""
@@ -204,15 +229,15 @@ class Soak:
         return notes[-1] if notes else {}
 
     @contextlib.contextmanager
-    def target(self, rng: random.Random, suits: Callable[[Job], bool] = lambda _: True) -> Iterator[Job]:
-        """A worker that works, and that nobody else disturbs meanwhile; nodes, the manager and the store excepted."""
+    def target(self, rng: random.Random, kind: str) -> Iterator[Job]:
+        """A worker that works, that suits the fault, and that nobody else disturbs meanwhile; nodes, the manager and the store excepted."""
 
         def choose() -> Job | None:
             with self._lock:
-                jobs = [job for job in self.live.values() if job.worker_id not in self._busy and suits(job)]
+                jobs = [job for job in self.live.values() if job.worker_id not in self._busy]
             rng.shuffle(jobs)
             for job in jobs:
-                if time.time() - self.newest(job).get("time", 0.0) < 1.0:
+                if time.time() - self.newest(job).get("time", 0.0) < 1.0 and (kind not in SUITS or SUITS[kind](self, job)):
                     with self._lock:
                         if job.worker_id not in self._busy:
                             self._busy.add(job.worker_id)
@@ -258,20 +283,22 @@ class Soak:
 
     # --- nodes ---
 
-    def add_node(self) -> None:
+    def add_node(self, **environment: str) -> Any:
         """Start one more node; Ray does that on the main thread only."""
         wanted: Future[Any] = Future()
-        self._wanted.put(wanted)
+        self._wanted.put((wanted, environment))
         node = wanted.result(WAIT_S)
         self.workers.append(node)
+        return node
 
     def start_wanted_nodes(self) -> None:
         """On the main thread."""
         with contextlib.suppress(queue.Empty):
             while True:
-                wanted = self._wanted.get_nowait()
+                wanted, environment = self._wanted.get_nowait()
                 try:
-                    wanted.set_result(self.nodes.add(self.size.cpus))
+                    with mock.patch.dict(os.environ, environment):
+                        wanted.set_result(self.nodes.add(self.size.cpus))
                 except Exception as error:  # noqa: BLE001 - raised where it was asked for
                     wanted.set_exception(error)
 
@@ -283,12 +310,25 @@ class Soak:
         said = ("cannot save", "cannot begin")
         return sum(text in line for log in logs for line in log.read_text(errors="replace").splitlines() for text in said)
 
-    def log_of(self, job: Job, run: str = "") -> list[Record]:
-        """Its records, oldest first. `run`: the folder of another run than that of this process."""
+    def paths_of(self, job: Job, run: str = "") -> list[tuple[int, Path]]:
+        """Its records with their numbers, oldest first. `run`: the folder of another run than that of this process."""
         paths = Path(self.run.checkpoint_dir).glob(f"{run or self.run.name}/*/{job.worker_id}/*.json")
-        numbered = sorted((number, path) for path in paths if (number := record_number(path.name)) is not None)
-        found = [decode_record(path.read_bytes(), number) for number, path in numbered]
+        return sorted((number, path) for path in paths if (number := record_number(path.name)) is not None)
+
+    def log_of(self, job: Job, run: str = "") -> list[Record]:
+        """The same, read; without those that are damaged."""
+        found = [decode_record(path.read_bytes(), number) for number, path in self.paths_of(job, run)]
         return [record for record in found if record is not None]
+
+    def saves_of(self, job: Job) -> list[tuple[Path, Record]]:
+        """Its two newest records, the older one first, if both are saves, whole, of one attempt that leaves no note; else none."""
+        newest = self.paths_of(job)[-2:]
+        with contextlib.suppress(FileNotFoundError):  # it deletes what is superfluous; or the store is away
+            read = [(path, decode_record(path.read_bytes(), number)) for number, path in newest]
+            saves = [(path, record) for path, record in read if record is not None and record.kind == "save" and record.ended is None]
+            if len(saves) == 2 and saves[0][1].token == saves[1][1].token:
+                return saves
+        return []
 
     def killed_by_us(self) -> list[tuple[str, int]]:
         """Worker and attempt of every process that the manager says it has ended."""
@@ -302,9 +342,8 @@ class Soak:
 
 def order(soak: Soak, rng: random.Random, kind: str) -> None:
     """Let a worker do something to itself."""
-    suits: Callable[[Job], bool] = lambda job: job.timed or not kind.startswith("hang")  # noqa: E731 - short
     while True:
-        with soak.target(rng, suits) as job:
+        with soak.target(rng, kind) as job:
             attempt = soak.newest(job)["attempt"]
             new = job.order.with_suffix(".new")
             new.write_text(kind, "utf-8")
@@ -325,7 +364,7 @@ def order(soak: Soak, rng: random.Random, kind: str) -> None:
 
 def send(soak: Soak, rng: random.Random, kind: str) -> None:
     """Send a signal that ends a worker, sooner or later."""
-    with soak.target(rng, lambda job: kind != "SIGSTOP" or soak.is_known(job)) as job:
+    with soak.target(rng, kind) as job:
         note = soak.newest(job)
         soak.hit(kind, job, note)
         soak.say(f"{kind}: {job.worker_id} ({job.kind}) attempt {note['attempt']} pid {note['pid']}")
@@ -336,7 +375,7 @@ def send(soak: Soak, rng: random.Random, kind: str) -> None:
 
 def freeze_for_a_moment(soak: Soak, rng: random.Random, kind: str) -> None:
     """Stop a worker, and let it go on before anybody may mind."""
-    with soak.target(rng) as job:
+    with soak.target(rng, kind) as job:
         note = soak.newest(job)
         soak.say(f"{kind}: {job.worker_id} ({job.kind}) attempt {note['attempt']} pid {note['pid']}")
         with contextlib.suppress(ProcessLookupError):
@@ -346,12 +385,55 @@ def freeze_for_a_moment(soak: Soak, rng: random.Random, kind: str) -> None:
         soak.wait_goes_on(kind, job, note)
 
 
+def damage_record(soak: Soak, rng: random.Random, kind: str) -> None:
+    """Kill a worker, and flip the bits of a byte of its newest record, a save, before anybody reads it; there is another one below."""
+    while True:
+        with soak.target(rng, kind) as job, stopped(pid := soak.newest(job)["pid"]):
+            saves = soak.saves_of(job)
+            if not saves or saves[1][1].owner.pid != pid or not flip_a_byte(saves[1][0], rng):
+                continue
+            below, newest = (record for _, record in saves)
+            left = KINDS[job.kind].done(below)
+            soak.faults.append(Fault(kind, job.worker_id, newest.attempt, pid, token=newest.token, left=left))
+            soak.say(f"{kind}: {job.worker_id} ({job.kind}) attempt {newest.attempt} pid {pid} record {newest.number}, which leaves {left}")
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+            soak.wait_replaced(kind, job, newest.attempt)
+            return
+
+
+def flip_a_byte(path: Path, rng: random.Random) -> bool:
+    """All its bits; False: the file is not there, because the store was taken away."""
+    try:
+        with path.open("r+b") as file:
+            place = rng.randrange(path.stat().st_size)
+            file.seek(place)
+            byte = file.read(1)[0]
+            file.seek(place)
+            file.write(bytes([byte ^ 0xFF]))
+    except FileNotFoundError:
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def stopped(pid: int) -> Iterator[None]:
+    """Stop a process for a moment, with all its threads."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        wait_until(lambda: states(pid) <= {"T", "Z", "X"}, WAIT_S)
+        yield
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)
+
+
 def cancel(soak: Soak, rng: random.Random, kind: str) -> None:
     """Cancel a worker, which is then submitted again."""
-    suits: Callable[[Job], bool] = lambda job: job.kind in DECORATED or (kind == "faultguard.cancel" and job.kind == "block")  # noqa: E731
-    with soak.target(rng, suits) as job:
+    with soak.target(rng, kind) as job:
         note, ref = soak.newest(job), soak.ref_of(job)
-        force = rng.random() < 0.5
+        force = rng.random() < 0.5 and job.kind not in ACTORS  # which Ray refuses
         soak.faults.append(Fault(kind, job.worker_id))
         soak.say(f"{kind}: {job.worker_id} ({job.kind}) attempt {note['attempt']}")
         if kind == "ray.cancel":
@@ -457,6 +539,35 @@ def drain_node(soak: Soak, rng: random.Random, kind: str) -> None:
     wait_left(soak, node, "drained, then killed")
 
 
+def starve_node(soak: Soak, rng: random.Random, kind: str) -> None:
+    """Take memory until Ray's monitor ends somebody on a node that is there for this alone, give it back, and kill the node.
+
+    The monitors of the other nodes have the threshold that they have in Ray: they end nobody.
+    """
+    replace_lost(soak)
+    memory: Any = ray._private.utils
+    used, total = memory.get_used_memory(), memory.get_system_memory()
+    room = min(ROOM_BYTES, (total - used) // 4)
+    node = soak.add_node(RAY_memory_usage_threshold=str((used + room) / total))
+    wait_until(lambda: workers_on(soak, node), WAIT_S)
+
+    def ended() -> int:
+        return sum(fault.kind == kind for fault in ended_by_ray(soak))
+
+    before, began = ended(), time.monotonic()
+    hoard: list[bytes] = []
+    while not (hit := ended() > before) and time.monotonic() < began + HOARD_S:
+        if len(hoard) < 2 * room // CHUNK_BYTES:
+            hoard.append(b"x" * CHUNK_BYTES)
+        time.sleep(CHUNK_S)
+    soak.say(f"{kind}: {len(hoard) * CHUNK_BYTES >> 20} MiB, with room for {room >> 20}")
+    hoard.clear()
+    soak.took[kind if hit else f"{kind}: of nobody"].append(time.monotonic() - began)
+    take_away(soak, node, "node killed")
+    soak.nodes.remove(node)
+    wait_left(soak, node, f"{kind}: it goes on")
+
+
 def children(pid: int) -> list[int]:
     """The processes that a process has started."""
     found: list[int] = []
@@ -466,12 +577,18 @@ def children(pid: int) -> list[int]:
     return found
 
 
+def states(pid: int) -> set[str]:
+    """What the threads of a process do, as the kernel puts it; empty: there is none."""
+    found: set[str] = set()
+    for path in Path(f"/proc/{pid}/task").glob("*/stat"):
+        with contextlib.suppress(OSError):
+            found.add(path.read_text(errors="replace").rpartition(")")[2].split()[0])
+    return found
+
+
 def runs(pid: int) -> bool:
     """Whether there is such a process that has not ended."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[0] not in "ZX"
-    except OSError:
-        return False
+    return not states(pid) <= {"Z", "X"}
 
 
 # --- faults of what all share ---------------------------------------------------------------------------------------
@@ -513,7 +630,7 @@ def sicken_store(soak: Soak, rng: random.Random, kind: str) -> None:
     """Let the disk be slow, or full, or the directory be away, for a while and until somebody has met that."""
     seconds = soak.limits.heartbeat_timeout * rng.uniform(0.5, 2)
     what = kind.rpartition(" ")[2]
-    with soak.target(rng):  # somebody works
+    with soak.target(rng, kind):  # somebody works
         soak.say(f"{kind}: for {seconds:.1f} s")
         began = time.time()
         with store_away(soak) if what == "away" else store_sick(soak, what) as is_met:
@@ -632,16 +749,29 @@ def check_driver(soak: Soak, driver: Driver, process: subprocess.Popen[bytes]) -
         if not values or any(tuple(value) != expected(job.size) for value in values):
             soak.wrong(f"{job.worker_id} of {driver.run} gave {str(values)[:200]}, not the result of {job.size} batches: {driver.said()}")
             continue
-        for problem in problems_of(job.worker_id, job.kind, job.trace.notes(), soak.log_of(job, f"{driver.run}/*"), soak.faults, soak.sick):
+        faults = [*soak.faults, *ended_by_ray(soak)]
+        for problem in problems_of(job.worker_id, job.kind, job.trace.notes(), soak.log_of(job, f"{driver.run}/*"), faults, soak.sick):
             soak.wrong(f"{problem} ({driver.run}: {job.kind})")
     driver.read.touch()
     if process.wait(WAIT_S) != 0 or f"run {driver.run!r} (#1) closed: {DRIVEN} completed" not in driver.said():
         soak.wrong(f"the driver of {driver.run} did not close it: {driver.said()}")
 
 
+SUITS: dict[str, Callable[[Soak, Job], bool]] = {
+    "hang in Python": lambda _, job: job.timed and job.kind != "async",
+    "hang in C": lambda _, job: job.timed and job.alone,
+    "hang with the GIL": lambda _, job: job.timed and job.alone,
+    "SIGTERM": lambda _, job: job.alone,
+    "SIGSTOP": lambda soak, job: job.alone and soak.is_known(job),
+    "record damaged": lambda soak, job: bool(soak.saves_of(job)),
+    "ray.cancel": lambda _, job: job.kind in DECORATED or job.kind == "async",
+}
+"""Which workers a fault may meet; all, where nothing is said: what is not promised there is not asked for."""
+
 OF_WORKERS: dict[str, Any] = {
     **dict.fromkeys(ORDERS, order),
     **dict.fromkeys(("SIGKILL", "SIGTERM", "SIGSTOP"), send),
+    "record damaged": damage_record,
     "SIGSTOP and SIGCONT": freeze_for_a_moment,
     "faultguard.cancel": cancel,
     "ray.cancel": cancel,
@@ -651,6 +781,7 @@ OF_NODES: dict[str, Any] = {
     "node frozen": freeze_node,
     "raylet frozen": freeze_node,
     "node drained": drain_node,
+    "out of memory": starve_node,
 }
 OF_ALL: dict[str, Any] = {
     "manager killed": kill_manager,
@@ -735,23 +866,34 @@ def soak_it(soak: Soak) -> None:
     soak.say(f"{len(soak.jobs)} workers; now the checks")
 
 
-def given_up(soak: Soak) -> list[Fault]:
-    """Processes that Ray has ended because they did not answer it in time: with `recommended_ray_env()` a busy machine is too slow."""
+def ended_by_ray(soak: Soak) -> list[Fault]:
+    """Processes that Ray has ended by itself: for want of memory, because they did not answer a busy machine in time, or with their owner.
+
+    The owner of an attempt that went to another node is the process that waits for it.
+    """
     logs = Path(soak.nodes.directory) / "session_latest" / "logs"
-    late = re.compile(r"Reporting worker exit, worker id = (\w+),.*keepalive")
-    ids = {found for log in logs.glob("gcs_server*.out") for found in late.findall(log.read_text(errors="replace"))}
+    exits = re.compile(r"Reporting worker exit, worker id = (\w+),.*(keepalive|NODE_OUT_OF_MEMORY)")
+    found = {who: why for log in logs.glob("gcs_server*.out") for who, why in exits.findall(log.read_text(errors="replace"))}
     begun = re.compile(r"Started worker process with pid (\d+) worker_id=(\w+)")
-    pids = {who: int(pid) for log in logs.glob("raylet*.out") for pid, who in begun.findall(log.read_text(errors="replace"))}
-    return [Fault("process given up", pid=pids[who]) for who in ids if who in pids]
+    orphaned = re.compile(r"Killing leased worker because its (owner)(?:'s node)? died. worker_id=(\w+)")
+    raylets = [log.read_text(errors="replace") for log in logs.glob("raylet*.out")]
+    found |= {who: why for text in raylets for why, who in orphaned.findall(text)}
+    pids = {who: int(pid) for text in raylets for pid, who in begun.findall(text)}
+    return [Fault(ENDED_BY_RAY[why], pid=pids[who]) for who, why in found.items() if who in pids]
 
 
 def check(soak: Soak) -> None:
     """Compare what happened with what was done."""
-    soak.faults += given_up(soak)
+    soak.faults += ended_by_ray(soak)
+    for job in soak.jobs.values():  # whoever ends a process ends all that work in it
+        ends = [note for note in job.trace.notes("fault") if "crash" in ENDS[note["kind"]]]
+        soak.faults += [Fault(note["kind"], pid=note["pid"], time=note["time"]) for note in ends]
     unfinished = {job.worker_id for job in soak.live.values()}
     for job in soak.jobs.values():
         if job.worker_id not in unfinished:
-            for problem in problems_of(job.worker_id, job.kind, job.trace.notes(), soak.log_of(job), soak.faults, soak.sick):
+            log = soak.log_of(job)
+            soak.causes.update(failure.cause for record in log[-1:] for failure in record.failures)
+            for problem in problems_of(job.worker_id, job.kind, job.trace.notes(), log, soak.faults, soak.sick):
                 soak.wrong(f"{problem} ({job.kind})")
     asked = {(f.worker, f.attempt) for f in soak.faults if f.kind in KILLED_BY_US}
     asked |= {(job.worker_id, n["attempt"]) for job in soak.jobs.values() for n in job.trace.notes("fault") if n["kind"] in KILLED_BY_US}
@@ -802,6 +944,7 @@ def report(soak: Soak) -> None:
     print(f"\n{'fault':<24}{'times':>6}{'median s':>10}{'longest s':>11}")
     for kind, seconds in sorted(soak.took.items()):
         print(f"{kind:<24}{len(seconds):>6}{statistics.median(seconds):>10.1f}{max(seconds):>11.1f}")
+    print(f"failures in the histories of those that have completed: {dict(soak.causes)}")
     counts = collections.Counter(fault.kind for fault in soak.faults if fault.kind.endswith("given up"))
     if counts:
         print(f"Ray gave up by itself, because the machine is too busy for its settings: {dict(counts)}")

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from faultguard._core.records import Record
 
@@ -17,12 +17,13 @@ ENDS = {
     "exit": {"crash"},
     "hang in Python": {"stall"},
     "hang in C": {"stall"},
-    "hang with the GIL": {"crash"},
+    "hang with the GIL": {"crash", "stall"},
     "burn": set(),
     "SIGKILL": {"crash"},
     "SIGTERM": {"terminated"},
-    "SIGSTOP": {"crash"},
+    "SIGSTOP": {"crash", "stopped"},
     "SIGSTOP and SIGCONT": set(),
+    "record damaged": {"crash"},
     "faultguard.cancel": {"cancelled"},
     "ray.cancel": {"cancelled"},
     "driver killed": {"crash", "terminated"},  # Ray gives the workers of a dead driver some milliseconds
@@ -30,9 +31,11 @@ ENDS = {
     "node killed": {"crash"},
     "node frozen": {"crash"},
     "raylet frozen": {"crash", "terminated"},
+    "out of memory": {"oom", "crash"},  # Ray's table may not say it yet
     "node drained": {"drained", "crash"},  # who does not leave in time dies with it; only a worker without progress is charged
     "node given up": {"crash"},  # by Ray itself, on a machine that is too busy
     "process given up": {"crash", "terminated"},  # likewise
+    "owner lost": {"crash", "terminated"},  # of an attempt on another node: whatever ends the process that waits for it
 }
 """How each fault may end the attempt that it meets."""
 
@@ -41,32 +44,35 @@ BUDGET = 1
 
 KILLED_BY_US = frozenset({"SIGSTOP", "hang with the GIL"})
 BOUNDED = "bounded"
-UNDECORATED = frozenset({"block", "actor"})  # their exceptions are their callers' business
+UNDECORATED = frozenset({"block", "actor", "threaded", "async"})  # their exceptions are their callers' business
 EXCUSED = frozenset({"terminated", "drained"})
 TOKENS = 10**9  # per driver of a named run; the rest is the number of the claim
 NOTES = frozenset({"cancelled", "terminated", "drained"})  # ends of which nothing is known if the store takes no note
-NOTES_OF_BLOCKS = NOTES | {"exception", "stall"}  # for which a decorated task waits, because it retries them itself
 NOTE_S = 15.0
 NO_PROGRESS = 3  # an attempt that began no more batches may have saved nothing
 
 
 @dataclass
 class Fault:
-    """One that took place: it meets a worker's attempt (0: whichever works when it arrives), a process, or a node."""
+    """One that took place: it meets a worker's attempt (0: whichever works when it arrives), a process, or a node.
+
+    Where it damaged the newest record of the attempt with that token, `left` is how many batches the one below holds.
+    """
 
     kind: str
     worker: str = ""
     attempt: int = 0
     pid: int = 0
     node: str = ""
+    token: int = 0
+    left: int = 0
     time: float = field(default_factory=time.time)
 
-    def explains(self, cause: str, sick: Sequence[tuple[float, float]] = (), kind: str = "") -> bool:
-        """Whether an attempt of a worker of that kind may end so, where it meets it; `sick`: when the store took nothing."""
+    def explains(self, cause: str, sick: Sequence[tuple[float, float]] = (), notes: frozenset[str] = NOTES) -> bool:
+        """Whether an attempt that it meets may end so; `sick`: when the store took nothing, `notes`: what is known by a note alone."""
         if cause in ENDS[self.kind]:
             return True
         unnoted = any(begin < self.time + NOTE_S and self.time < end for begin, end in sick)
-        notes = NOTES_OF_BLOCKS if kind in UNDECORATED else NOTES
         return cause == "crash" and unnoted and bool(notes & ENDS[self.kind])
 
     def reach(self) -> tuple[bool, bool]:
@@ -78,7 +84,7 @@ class Fault:
         owner = claim.owner
         if self.node:
             return owner.node_id == self.node
-        if self.pid and self.pid == owner.pid:
+        if self.pid and self.pid == owner.pid and claim.saved_at < self.time + NOTE_S:  # later that is another process
             return True
         return self.worker == claim.worker_id and self.attempt in {0, claim.attempt}
 
@@ -105,10 +111,10 @@ def problems_of(
         yield f"{worker}: it has completed, and has no log"
         return
     claims = [record for record in log if record.kind == "claim"]
-    ordered = [Fault(note["kind"], worker, note["attempt"], time=note["time"]) for note in notes if note["what"] == "fault"]
+    ordered = [Fault(note["kind"], worker, note["attempt"], time=note.get("time", 0.0)) for note in notes if note["what"] == "fault"]
     yield from _unexplained(worker, kind, claims, notes, [*faults, *ordered], _failed(log), sick)
     yield from _misses(worker, notes)
-    yield from _behind(worker, notes)
+    yield from _behind(worker, notes, {fault.token: fault.left for fault in faults if fault.token and fault.worker == worker})
     end = log[-1]
     if end.kind != "end" or end.outcome is None or end.outcome.status != "completed":
         yield f"{worker}: its log ends with a {end.kind}, not with an outcome"
@@ -138,13 +144,16 @@ def _unexplained(
 ) -> Iterator[str]:
     """Ends of attempts that nobody caused, and those that were charged and should not have been, or the other way round."""
     left = list(faults)
+    noted = NOTES | {"exception", "stall"} if kind in UNDECORATED else NOTES  # nobody waits for the store there
     for claim, after in itertools.pairwise(claims):
         if claim.owner.writer == after.owner.writer and claim.attempt == after.attempt:
             continue  # tried twice: nothing ran under the first one
         end = next((end for end in failed if claim.number < end.number < after.number), None)
-        cause = after.predecessor if end is None else end.failures[-1].cause
+        charged = (after if end is None else end).charged - claim.charged
+        failures = end.failures if end is not None else after.failures if charged else ()
+        cause = failures[-1].cause if failures else after.predecessor  # of a crash the history knows more
         where = f"{worker} attempt {claim.attempt} (pid {claim.owner.pid})"
-        found = min((fault for fault in left if fault.meets(claim) and fault.explains(cause, sick, kind)), key=Fault.reach, default=None)
+        found = min((fault for fault in left if fault.meets(claim) and fault.explains(cause, sick, noted)), key=Fault.reach, default=None)
         if found is None:
             there = [fault.kind for fault in left if fault.meets(claim)]
             yield f"{where} ended by {cause!r}, which nobody caused; what took place there: {there}"
@@ -153,7 +162,6 @@ def _unexplained(
         begun = sum(
             note["what"] == "batch" and (note["attempt"], note["token"] % TOKENS) == (claim.attempt, claim.number) for note in notes
         )
-        charged = (after if end is None else end).charged - claim.charged
         if end is not None and after.charged:
             yield f"{where} was the last of its budget, and the next one begins with {after.charged} charged"
         if charged not in {0, 1} or (charged and (cause == "cancelled" or (cause in EXCUSED and begun > NO_PROGRESS))):
@@ -173,10 +181,11 @@ def _misses(worker: str, notes: Sequence[dict[str, Any]]) -> Iterator[str]:
             return
 
 
-def _behind(worker: str, notes: Sequence[dict[str, Any]]) -> Iterator[str]:
+def _behind(worker: str, notes: Sequence[dict[str, Any]], left: Mapping[int, int]) -> Iterator[str]:
     """Attempts that began before what an earlier one was told is durable: it was lost, or a zombie was told so.
 
-    Whenever it was told: a zombie may thaw, and note, after its successor has begun.
+    Whenever it was told: a zombie may thaw, and note, after its successor has begun. Of an attempt whose newest record was damaged
+    what is `left` counts, by its token.
     """
     begins: dict[int, dict[str, Any]] = {}
     told: dict[int, int] = {}
@@ -186,6 +195,7 @@ def _behind(worker: str, notes: Sequence[dict[str, Any]]) -> Iterator[str]:
         durable = note["batch"] if note["what"] == "ack" else note.get("durable", 0)
         if durable:
             told[note["token"]] = max(told.get(note["token"], 0), durable)
+    told.update(left)
     for token, first in begins.items():
         durable = max((batch for earlier, batch in told.items() if earlier < token), default=0)
         if first["batch"] < durable:

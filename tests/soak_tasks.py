@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import ctypes
 import errno
 import os
@@ -9,6 +10,7 @@ import threading
 import time
 from dataclasses import dataclass
 from datetime import timedelta
+from operator import mul
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,11 +18,13 @@ import ray
 
 import faultguard
 from tests.nodes import WORK
-from tests.soak_check import BOUNDED, BUDGET
+from tests.soak_check import BOUNDED, BUDGET, UNDECORATED
 from tests.tasks import NOWAIT, Trace, hang, hold_the_interpreter, result
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+    from faultguard._core.records import Record
 
 STEPS = 10  # of the inner of two loops
 ACK_EVERY = 5
@@ -78,12 +82,34 @@ class Job:
         """Whether it has a `stall_timeout`."""
         return self.kind not in {"auto", "interval"}
 
+    @property
+    def alone(self) -> bool:
+        """Whether its process is for it alone, and may be ended."""
+        return self.kind not in SHARED
+
 
 # --- loops ----------------------------------------------------------------------------------------------------------
 
 
 def work(ckpt: faultguard.Checkpoint, job: Job) -> Any:
-    """Go through the batches as the kind of the worker has it. The state is half updated where an order is obeyed."""
+    """Go through the batches."""
+    for _ in middles(ckpt, job):
+        time.sleep(job.batch_s)
+    return result(ckpt)
+
+
+async def work_beside_others(ckpt: faultguard.Checkpoint, job: Job) -> Any:
+    """The same, giving way to others in each batch."""
+    for _ in middles(ckpt, job):
+        await asyncio.sleep(job.batch_s)
+    return result(ckpt)
+
+
+def middles(ckpt: faultguard.Checkpoint, job: Job) -> Iterator[None]:
+    """Do the batches as the kind of the worker has it; the caller waits in the middle of each.
+
+    There the state is half updated, and an order is obeyed.
+    """
     sicken_the_store(job.sickness)
     context = ray.get_runtime_context()
     who: dict[str, Any] = {"attempt": ckpt.attempt, "token": ckpt.token}
@@ -94,12 +120,11 @@ def work(ckpt: faultguard.Checkpoint, job: Job) -> Any:
             ckpt.state["sum"] = ckpt.state.get("sum", 0) + batch
             if drawn:  # the clock of a loop by hand begins with its first `advance`
                 obey(ckpt, job, batch)
-            time.sleep(job.batch_s)
+            yield
             ckpt.state.setdefault("seen", []).append(batch)
     except faultguard.SupersededError:
         job.trace.note("superseded", job.worker_id, attempt=ckpt.attempt)
         raise
-    return result(ckpt)
 
 
 def plain(ckpt: faultguard.Checkpoint, job: Job) -> Iterator[int]:
@@ -142,6 +167,11 @@ class Kind:
         """For a note: how many batches the store has acknowledged; of nested loops that number says too little."""
         return {"durable": ckpt.durable_batch} if self.flat else {}
 
+    def done(self, save: Record) -> int:
+        """How many batches a save holds."""
+        position = save.snapshot.position if save.snapshot is not None else ()
+        return sum(map(mul, (1,) if self.flat else (STEPS, 1), position))
+
 
 KINDS = {
     "each": Kind(plain),
@@ -153,8 +183,12 @@ KINDS = {
     BOUNDED: Kind(plain),
     "block": Kind(plain, 2),
     "actor": Kind(plain, 2),
+    "threaded": Kind(plain, 2),
+    "async": Kind(plain, 2),
 }
-DECORATED = frozenset(KINDS) - {"block", "actor"}
+DECORATED = frozenset(KINDS) - UNDECORATED
+SHARED = frozenset({"threaded", "async"})  # actors with two workers at once
+ACTORS = SHARED | {"actor"}
 
 
 def block_options(job: Job) -> dict[str, Any]:
@@ -186,7 +220,7 @@ def undecorated(job: Job) -> Any:
 
 
 class Server:
-    """A synchronous actor that Ray starts again, with the call that it was busy with; exceptions are its caller's."""
+    """An actor that Ray starts again, with the calls that it was busy with; exceptions are its caller's."""
 
     def work(self, job: Job) -> Any:
         """As above."""
@@ -194,10 +228,34 @@ class Server:
             return work(ckpt, job)
 
 
-def start_server() -> Any:
-    """An actor."""
-    server: Any = ray.remote(Server)
-    return server.options(num_cpus=1, resources={WORK: 1}, scheduling_strategy="SPREAD", max_restarts=-1, max_task_retries=-1).remote()
+class AsyncServer:
+    """The same, asynchronous."""
+
+    async def work(self, job: Job) -> Any:
+        """As above."""
+        async with faultguard.checkpointed(job.worker_id, **block_options(job)) as ckpt:
+            return await work_beside_others(ckpt, job)
+
+
+class Host:
+    """An actor, and the workers that it has to do."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self.room = 2 if kind in SHARED else 1
+        self.workers: set[str] = set()
+        server: Any = ray.remote(AsyncServer if kind == "async" else Server)
+        options = {"num_cpus": 1, "resources": {WORK: 1}, "scheduling_strategy": "SPREAD", "max_restarts": -1, "max_task_retries": -1}
+        self._server = server.options(max_concurrency=self.room, **options).remote()
+
+    def start(self, job: Job) -> Any:
+        """Start a worker, or let it resume."""
+        self.workers.add(job.worker_id)
+        return self._server.work.remote(job)
+
+    def end(self) -> None:
+        """For good."""
+        ray.kill(self._server)
 
 
 # --- what happens to them -------------------------------------------------------------------------------------------

@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec import Raw
 
-from faultguard._core.records import FailureRecord, Outcome, Owner, Record
-from tests.soak import OF_ALL, OF_NODES, OF_WORKERS, Deck
+from faultguard._core.log import replace_record
+from faultguard._core.records import FailureRecord, Mark, Outcome, Owner, Record, Snapshot
+from tests.soak import OF_ALL, OF_NODES, OF_WORKERS, SUITS, Deck
 from tests.soak_check import ENDS, Fault, problems_of
+from tests.soak_tasks import KINDS
 
 REPOSITORY = Path(__file__).parents[1]
 NODE = "ab"
@@ -53,8 +56,8 @@ def problems(trace: list[dict[str, Any]], records: list[Record], *faults: Fault,
 
 @pytest.mark.parametrize(
     "fault",
-    [Fault("SIGKILL", "w1", 1, 101), Fault("SIGKILL", "w7", 3, 101), Fault("node killed", node=NODE)],
-    ids=["worker", "process", "node"],
+    [Fault("SIGKILL", "w1", 1, 101), Fault("SIGKILL", "w7", 3, 101), Fault("exit", pid=101), Fault("node killed", node=NODE)],
+    ids=["worker", "process", "beside", "node"],
 )
 def test_an_end_that_was_caused_is_none(fault: Fault) -> None:
     """It met the attempt, the process that it ran in, or the node."""
@@ -94,6 +97,13 @@ def test_a_fault_explains_one_end() -> None:
     assert problems(notes(0, 3, 3), records, killed, Fault("SIGKILL", "w1", 2, 102)) == []
 
 
+def test_a_process_that_was_killed_long_before_is_another_one() -> None:
+    """Its number has come again."""
+    late = [replace_record(one, saved_at=1000.0) for one in log()]
+    assert problems(notes(0, 3), late, Fault("SIGKILL", "w7", 3, 101, time=990.0)) == []
+    assert "nobody caused" in problems(notes(0, 3), late, Fault("SIGKILL", "w7", 3, 101, time=900.0))[0]
+
+
 def test_what_meets_all_on_a_node_explains_first() -> None:
     """Or what may meet any attempt would be used up, and be missing for the end that nothing else explains."""
     failures = (FailureRecord("crash", 1, 2), FailureRecord("crash", 2, 2))
@@ -112,6 +122,9 @@ def test_a_note_that_the_store_did_not_take_is_a_crash() -> None:
     told = Fault("SIGTERM", "w1", 1, 101, time=100.0)
     assert list(problems_of("w1", "each", notes(0, 3), log(), [told], [(90.0, 101.0)])) == []
     assert len(list(problems_of("w1", "each", notes(0, 3), log(), [told], [(80.0, 99.0)]))) == 1
+    hung = Fault("hang in Python", "w1", 1, time=100.0)
+    assert list(problems_of("w1", "threaded", notes(0, 3), log(), [hung], [(90.0, 101.0)])) == []
+    assert len(list(problems_of("w1", "each", notes(0, 3), log(), [hung], [(90.0, 101.0)]))) == 1
 
 
 def test_a_block_does_not_wait_until_the_store_takes_its_note() -> None:
@@ -129,6 +142,47 @@ def test_what_was_durable_is_not_behind() -> None:
     assert "began at 3; 4 were durable" in problems(notes(0, 3, durable=4), log(), killed)[0]
     thawed = [*notes(0, 3), {"what": "ack", "attempt": 1, "token": 1, "batch": 7}]
     assert "began at 3; 7 were durable" in problems(thawed, log(), killed)[0]
+
+
+def test_a_damaged_record_costs_what_it_held() -> None:
+    """And nothing more: not what lies below it, and nothing of another attempt or worker."""
+    damaged = Fault("record damaged", "w1", 1, 101, token=1, left=3)
+    assert problems(notes(0, 3, durable=4), log(), damaged) == []
+    assert "began at 2; 3 were durable" in problems(notes(0, 2, durable=4), log(), damaged)[0]
+    assert "began at 2; 3 were durable" in problems(notes(0, 2), log(), damaged)[0]
+    failures = (FailureRecord("crash", 1, 2), FailureRecord("crash", 2, 2))
+    records = [
+        *log()[:3],
+        record(5, "claim", 3, predecessor="crash", charged=2, failures=failures),
+        record(6, "end", 3, charged=2, failures=failures, outcome=Outcome("completed")),
+    ]
+    told = {"what": "ack", "attempt": 2, "token": 3, "batch": 5}
+    faults = damaged, Fault("SIGKILL", "w1", 2, 102)
+    assert problems([*notes(0, 3, 5, durable=4), told], records, *faults) == []
+    assert "attempt 3 began at 4; 5 were durable" in problems([*notes(0, 3, 4, durable=4), told], records, *faults)[0]
+    beside = Fault("record damaged", "w7", 1, 101, token=1, left=3)
+    assert "began at 3; 4 were durable" in problems(notes(0, 3, durable=4), log(), beside)[0]
+
+
+@pytest.mark.parametrize(("position", "flat", "nested"), [((), 0, 0), ((7,), 7, 70), ((2, 3), None, 23), ((2, 10), None, 30)], ids=str)
+def test_the_batches_of_a_save_are_those_of_its_loops(position: tuple[int, ...], flat: int | None, nested: int) -> None:
+    """Of a loop in a loop its number is that of the notes."""
+    loops = tuple((Mark(name, done),) for name, done in zip(("epochs", "steps"), position, strict=False))
+    save = record(2, "save", 1, snapshot=Snapshot(Raw(b"{}"), loops))
+    assert KINDS["nested"].done(save) == nested
+    assert flat is None or KINDS["each"].done(save) == flat
+    assert KINDS["each"].done(record(2, "save", 1)) == 0
+
+
+@pytest.mark.parametrize(
+    ("cause", "kind", "other"),
+    [("oom", "out of memory", "SIGKILL"), ("stopped", "SIGSTOP", "SIGKILL"), ("stall", "hang with the GIL", "exit")],
+)
+def test_the_history_says_of_what_a_process_died(cause: str, kind: str, other: str) -> None:
+    """That, and no other fault, explains the end."""
+    records = [replace_record(one, predecessor="crash") if one.predecessor else one for one in log(cause)]
+    assert problems(notes(0, 3), records, Fault(kind, pid=101)) == []
+    assert "nobody caused" in problems(notes(0, 3), records, Fault(other, pid=101))[0]
 
 
 def test_what_should_have_ended_must_not_go_on() -> None:
@@ -172,7 +226,7 @@ def test_a_deck_is_its_seed() -> None:
     drawn = [[deck.draw()[0] for _ in range(2 * len(kinds))] for deck in (Deck(kinds, "7"), Deck(kinds, "7"), Deck(kinds, "8"))]
     assert drawn[0] == drawn[1] != drawn[2]
     assert sorted(drawn[0]) == sorted([*kinds] * 2)
-    assert set(ENDS) >= kinds.keys()
+    assert set(ENDS) >= kinds.keys() >= SUITS.keys()
 
 
 @pytest.mark.ray
