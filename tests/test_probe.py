@@ -16,7 +16,7 @@ from msgspec.structs import replace
 
 from faultguard import _marks, _probe, _ray
 from faultguard._core.silence import Held, Look, Mark, Verdict, judge
-from faultguard._probe import Silent, probe
+from faultguard._probe import Silent, probe, survey
 from faultguard._process import ProcessId, _boot_id, _stat
 from tests.tasks import wait_until
 
@@ -31,7 +31,7 @@ CHILD = """
 import ctypes, sys, time
 from faultguard import _marks, _ray
 from faultguard._core.silence import Held
-_ray.session_dir, _ray.is_ready = lambda: sys.argv[1], lambda: True
+_ray.session_dir, _ray.is_ready, _ray.node_id = lambda: sys.argv[1], lambda: True, lambda: sys.argv[4]
 kind, kill_after_s = sys.argv[2], float(sys.argv[3]) or None
 if kind == "traced":
     ctypes.CDLL(None).ptrace(0, 0, 0, 0)  # PTRACE_TRACEME
@@ -47,8 +47,8 @@ while True:
 class Child:
     """A process that holds a worker."""
 
-    def __init__(self, folder: Path, kind: str = "stands", kill_after_s: float = 0.0) -> None:
-        command = [sys.executable, "-c", CHILD, str(folder), kind, str(kill_after_s)]
+    def __init__(self, folder: Path, kind: str = "stands", kill_after_s: float = 0.0, node: str = "here") -> None:
+        command = [sys.executable, "-c", CHILD, str(folder), kind, str(kill_after_s), node]
         self.popen = subprocess.Popen(command, stdout=subprocess.PIPE)  # ended by the fixture
         assert self.popen.stdout is not None
         assert self.popen.stdout.readline() == b"marked\n"
@@ -70,6 +70,7 @@ class Child:
 def children(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Child]]:
     """Those of a test, ended with it; the session directory is a folder of its own."""
     monkeypatch.setattr(_ray, "session_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(_ray, "node_id", lambda: "here")
     started: list[Child] = []
     yield started
     for child in started:
@@ -228,6 +229,13 @@ def test_a_process_that_dies_takes_its_file_with_it(children: list[Child], tmp_p
     _marks._folder = None
     start(children, tmp_path)
     assert not left.exists()
+
+
+def test_a_node_tells_whom_it_holds_itself(children: list[Child], tmp_path: Path) -> None:
+    """Several nodes on one host share a folder: asked under another one, a worker would be gone for good when that one goes."""
+    mine = start(children, tmp_path)
+    children.append(Child(tmp_path, node="elsewhere"))
+    assert survey("") == [(mine.process, MINE)]
 
 
 def test_frozen_for_longer_than_its_timeout_is_no_stall() -> None:
