@@ -126,23 +126,24 @@ def short_of_memory() -> AbstractContextManager[Nodes]:
 
 
 @contextlib.contextmanager
-def case_of(nodes: Nodes) -> Iterator[Case]:
+def case_of(nodes: Nodes, within: str) -> Iterator[Case]:
     """A directory and a run for one measurement."""
-    with tempfile.TemporaryDirectory(prefix="faultguard-bench-", dir="/var/tmp") as path:
-        directory = Path(path)
-        with faultguard.init(checkpoint_dir=directory / "checkpoints", **GIVEN) as run:
-            manager_pid()
-            yield Case(nodes, directory, run)
+    directory = Path(tempfile.mkdtemp(dir=within))
+    with faultguard.init(checkpoint_dir=directory / "checkpoints", **GIVEN) as run:
+        manager_pid()
+        yield Case(nodes, directory, run)
 
 
-def measured(name: str, setting_s: float, measure: Callable[[Case], float], nodes: Nodes, rounds: int) -> str:
-    """The line of a fault."""
-    took = []
-    for _ in range(rounds):
-        with case_of(nodes) as case:
-            took.append(measure(case) - setting_s)
-    before = f"{setting_s:g} + " if setting_s else ""
-    return f"{name:32}{before:>6}{statistics.median(took):5.1f}   ({min(took):.1f} to {max(took):.1f})"
+def lines(table: Table, nodes: Nodes, within: str, rounds: int) -> Iterator[str]:
+    """What is printed of each fault, as it is measured."""
+    nodes.add()
+    for name, (setting_s, measure) in table.items():
+        took = []
+        for _ in range(rounds):
+            with case_of(nodes, within) as case:
+                took.append(measure(case) - setting_s)
+        before = f"{setting_s:g} + " if setting_s else ""
+        yield f"{name:32}{before:>6}{statistics.median(took):5.1f}   ({min(took):.1f} to {max(took):.1f})"
 
 
 def main() -> None:
@@ -159,13 +160,16 @@ def main() -> None:
         f"FAULTGUARD_STORE_PATIENCE {PATIENCE_S:g} s; seconds, median and range"
     )
     shown = sys.stdout
-    for cluster, table in ((some_nodes, {**MEASURES, **SLOW}), (short_of_memory, IN_SHORT_MEMORY)):
-        chosen = {name: row for name, row in table.items() if name in options.only}
-        if chosen:
-            with contextlib.redirect_stdout(sys.stderr), cluster() as nodes:  # where Ray tells of each crash
-                nodes.add()
-                for name, (setting_s, measure) in chosen.items():
-                    print(measured(name, setting_s, measure, nodes, options.rounds), file=shown, flush=True)
+    with (
+        contextlib.redirect_stdout(sys.stderr),  # where Ray tells of each crash
+        tempfile.TemporaryDirectory(prefix="faultguard-bench-", dir="/var/tmp") as directory,
+    ):
+        for cluster, table in ((some_nodes, {**MEASURES, **SLOW}), (short_of_memory, IN_SHORT_MEMORY)):
+            chosen = {name: row for name, row in table.items() if name in options.only}
+            if chosen:
+                with cluster() as nodes:
+                    for line in lines(chosen, nodes, directory, options.rounds):
+                        print(line, file=shown, flush=True)
 
 
 if __name__ == "__main__":
