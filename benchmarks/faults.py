@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     Act = Callable[[int], float]
 
-__all__ = ["Case", "after", "begin", "make_sure", "raised", "ready", "resumed", "signalled", "stop"]
+__all__ = ["Case", "after", "begin", "is_gone", "make_sure", "raised", "ready", "resumed", "signalled", "stop"]
 
 WORKER = "w"
 DEADLINE_S = 600
@@ -157,6 +157,14 @@ def signalled(number: signal.Signals) -> Act:
         return time.time()
 
     return act
+
+
+def is_gone(pid: int) -> bool:
+    """Whether a process is no more; one that nobody buries is none, either."""
+    try:
+        return not Path(f"/proc/{pid}/cmdline").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return True
 
 
 # --- the code and the process ---------------------------------------------------------------------------------------
@@ -369,17 +377,18 @@ def manager_frozen(case: Case, seconds: float) -> float:
 
 
 def node_of_manager_killed(case: Case) -> float:
-    """From the going of its node, where it is because it cannot be on the head; the worker is on another one."""
+    """From its death with its node, where it is because it cannot be on the head; the worker is on another one."""
     home = case.node
     _manager.end(current_settings())  # the one on the head
     with mock.patch.object(_manager, "HEAD_NODE", WORK):  # which the head has not
-        manager_pid()
+        pid = manager_pid()
     make_sure(node_of_manager() == home.node_id, "the manager is somewhere else")
     node = case.nodes.add()
 
     def kill() -> float:
         case.nodes.remove(home)
-        return time.time()  # until then it may still hear somebody
+        wait_until(lambda: is_gone(pid), WAIT_S)  # it outlives its raylet for a moment, and hears
+        return time.time()
 
     return heard_again(case, kill, node=node)
 

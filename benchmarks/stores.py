@@ -6,12 +6,11 @@ import contextlib
 import shutil
 import signal
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import faultguard
 from benchmarks.failing import WAIT_S
-from benchmarks.faults import Case, after, begin, make_sure, raised, ready, resumed, signalled, stop
+from benchmarks.faults import Case, after, begin, is_gone, make_sure, raised, ready, resumed, signalled, stop
 from faultguard.storage import open_store, store_id
 from tests.disks import renamed, where_it_is_another
 from tests.tasks import wait_until
@@ -20,6 +19,7 @@ from tests.test_store_faults import remove
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from contextlib import AbstractContextManager
+    from pathlib import Path
 
 __all__ = ["all_damaged", "another", "away", "comes_late", "damaged", "hanging", "lost", "not_shared", "removed", "stays_away"]
 
@@ -155,7 +155,7 @@ def _crash(harm: Callable[[], None]) -> Callable[[int], float]:
 
     def act(pid: int) -> float:
         began = signalled(signal.SIGKILL)(pid)
-        wait_until(lambda: not Path(f"/proc/{pid}").exists(), WAIT_S)
+        wait_until(lambda: is_gone(pid), WAIT_S)
         harm()
         return began
 
