@@ -25,9 +25,9 @@ os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [sys.path[0], os.environ
 import ray
 
 import faultguard
-from benchmarks import drivers, faults, stores
+from benchmarks import driver_faults, node_faults, store_faults, task_faults
 from benchmarks.failing import HOARD_BYTES, ArrivesDead
-from benchmarks.faults import Case, resumed, signalled
+from benchmarks.worker import WORKER, Case, resumed, signalled
 from tests.nodes import Nodes, some_nodes
 from tests.tasks import manager_pid
 
@@ -56,7 +56,7 @@ def driving(measure: Callable[..., float], **given: Any) -> Callable[[Case], flo
     """What becomes of drivers of a named run."""
 
     def measured(case: Case) -> float:
-        with drivers.Drivers(case.nodes, case.directory / "drivers", GIVEN) as some:
+        with driver_faults.Drivers(case.nodes, case.directory / "drivers", GIVEN) as some:
             return measure(some, **given)
 
     return measured
@@ -67,54 +67,54 @@ MEASURES: Table = {
     "exception with large arguments": (0, inside("exception", ballast=bytes(2 << 20))),
     "exception of fresh_process_on": (0, inside("exception", fresh_process_on=ValueError)),
     "exception after progress": (0, inside("exception", "exception", gain=10, max_failures=1, reset_on_progress=True)),
-    "batch that always raises": (0, lambda case: faults.poisoned(case, "exception", 3)),
-    "batch that always kills": (0, lambda case: faults.poisoned(case, "SIGKILL", 4)),
-    "budget spent": (0, faults.spent),
+    "batch that always raises": (0, lambda case: task_faults.poisoned(case, "exception", 3)),
+    "batch that always kills": (0, lambda case: task_faults.poisoned(case, "SIGKILL", 4)),
+    "budget spent": (0, task_faults.spent),
     "hung in Python": (STALL_S, inside("hung in Python", stall_timeout=STALL_S)),
     "hung in C": (HARD_S, inside("hung in C", stall_timeout=STALL_S)),
     "hung in C with the interpreter": (TIMEOUT_S + HARD_S, inside("hung in C with the interpreter", stall_timeout=STALL_S)),
-    "hung in an event loop": (STALL_S, lambda case: faults.event_loop(case, STALL_S)),
+    "hung in an event loop": (STALL_S, lambda case: task_faults.event_loop(case, STALL_S)),
     "SIGKILL": (0, outside(signal.SIGKILL)),
     "SIGKILL with on_poison": (0, outside(signal.SIGKILL, on_poison="skip")),
     "death in a save": (0, inside("death in a save", since="death")),
-    "death while unpacking": (0, lambda case: resumed(case, "", ballast=ArrivesDead("w", case.trace))),
+    "death while unpacking": (0, lambda case: resumed(case, "", ballast=ArrivesDead(WORKER, case.trace))),
     "sys.exit": (0, inside("sys.exit")),
     "SIGTERM": (0, outside(signal.SIGTERM)),
     "stopped": (2 * TIMEOUT_S, outside(signal.SIGSTOP)),
-    "cancelled": (0, faults.cancelled),
-    "cancelled by force": (0, faults.cancelled_by_force),
-    "second task": (TIMEOUT_S, faults.second_task),
-    "unseen holder": (TIMEOUT_S, faults.unseen_holder),
-    "failed twice on one node": (0, faults.elsewhere),
-    "death on the other node": (0, lambda case: faults.elsewhere(case, "", act=signalled(signal.SIGKILL))),
-    "node drained": (0, faults.node_drained),
-    "node drained in a long batch": (0, faults.node_gone_in_a_batch),
-    "node drained again": (0, faults.drained_again),
-    "node killed": (0, lambda case: faults.node_left(case, case.nodes.remove)),
-    "manager killed": (0, faults.manager_killed),
-    "manager frozen": (0, lambda case: faults.manager_frozen(case, 2 * TIMEOUT_S)),
-    "node of the manager killed": (0, faults.node_of_manager_killed),
-    "store hangs": (0, stores.hanging),
-    "store away": (0, stores.away),
-    "store stays away": (PATIENCE_S, stores.stays_away),
-    "store removed": (PATIENCE_S, stores.removed),
-    "store made anew": (0, stores.another),
-    "store not shared": (0, stores.not_shared),
-    "store not there for the next": (PATIENCE_S, stores.comes_late),
-    "records removed": (0, stores.lost),
-    "record damaged": (0, stores.damaged),
-    "all records damaged": (0, stores.all_damaged),
-    "driver killed": (0, driving(drivers.killed)),
-    "two drivers": (0, driving(drivers.second)),
-    "driver frozen": (0, driving(drivers.frozen)),
-    "driver dies before it closes": (0, driving(drivers.closing, dies_at="stored_workers")),
-    "driver dies as it has closed": (0, driving(drivers.closing, dies_at="_drop_checkpoints")),
-    "zombie beside its successor": (0, driving(drivers.zombie, closed=False)),
-    "zombie of a closed run": (0, driving(drivers.zombie, closed=True)),
-    "result lost": (0, lambda case: faults.result_lost(case, 1 << 18)),  # Ray keeps a smaller one beside the reference
-    "unrecorded result lost": (0, lambda case: faults.result_lost(case, 1 << 21)),
+    "cancelled": (0, task_faults.cancelled),
+    "cancelled by force": (0, task_faults.cancelled_by_force),
+    "second task": (TIMEOUT_S, task_faults.second_task),
+    "unseen holder": (TIMEOUT_S, task_faults.unseen_holder),
+    "failed twice on one node": (0, node_faults.elsewhere),
+    "death on the other node": (0, lambda case: node_faults.elsewhere(case, "", act=signalled(signal.SIGKILL))),
+    "node drained": (0, node_faults.node_drained),
+    "node drained in a long batch": (0, node_faults.node_gone_in_a_batch),
+    "node drained again": (0, node_faults.drained_again),
+    "node killed": (0, lambda case: node_faults.node_left(case, case.nodes.remove)),
+    "manager killed": (0, node_faults.manager_killed),
+    "manager frozen": (0, lambda case: node_faults.manager_frozen(case, 2 * TIMEOUT_S)),
+    "node of the manager killed": (0, node_faults.node_of_manager_killed),
+    "store hangs": (0, store_faults.hanging),
+    "store away": (0, store_faults.away),
+    "store stays away": (PATIENCE_S, store_faults.stays_away),
+    "store removed": (PATIENCE_S, store_faults.removed),
+    "store made anew": (0, store_faults.another),
+    "store not shared": (0, store_faults.not_shared),
+    "store not there for the next": (PATIENCE_S, store_faults.comes_late),
+    "records removed": (0, store_faults.lost),
+    "record damaged": (0, store_faults.damaged),
+    "all records damaged": (0, store_faults.all_damaged),
+    "driver killed": (0, driving(driver_faults.killed)),
+    "two drivers": (0, driving(driver_faults.second)),
+    "driver frozen": (0, driving(driver_faults.frozen)),
+    "driver dies before it closes": (0, driving(driver_faults.closing, dies_at="stored_workers")),
+    "driver dies as it has closed": (0, driving(driver_faults.closing, dies_at="_drop_checkpoints")),
+    "zombie beside its successor": (0, driving(driver_faults.zombie, closed=False)),
+    "zombie of a closed run": (0, driving(driver_faults.zombie, closed=True)),
+    "result lost": (0, lambda case: node_faults.result_lost(case, 1 << 18)),  # Ray keeps a smaller one beside the reference
+    "unrecorded result lost": (0, lambda case: node_faults.result_lost(case, 1 << 21)),
 }
-SLOW: Table = {"long batch": (300, faults.long_batch)}  # only if it is asked for
+SLOW: Table = {"long batch": (300, task_faults.long_batch)}  # only if it is asked for
 IN_SHORT_MEMORY: Table = {"killed by the memory monitor": (0, inside("hoards", since="alive"))}
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import faultguard
 from benchmarks.failing import WAIT_S
-from benchmarks.faults import Case, after, begin, is_gone, make_sure, raised, ready, resumed, signalled, stop
+from benchmarks.worker import Case, after, begin, is_gone, make_sure, raised, ready, resumed, signalled, stop
 from faultguard.storage import open_store, store_id
 from tests.disks import renamed, where_it_is_another
 from tests.tasks import wait_until
