@@ -78,6 +78,7 @@ MEASURES: Table = {
     "SIGKILL with on_poison": (0, outside(signal.SIGKILL, on_poison="skip")),
     "death in a save": (0, inside("death in a save", since="death")),
     "death while unpacking": (0, lambda case: resumed(case, "", ballast=ArrivesDead(WORKER, case.trace))),
+    "death before the claim": (0, task_faults.unclaimed),
     "sys.exit": (0, inside("sys.exit")),
     "SIGTERM": (0, outside(signal.SIGTERM)),
     "stopped": (2 * TIMEOUT_S, outside(signal.SIGSTOP)),

@@ -20,7 +20,7 @@ from tests.tasks import Trace, hang, wait_until
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["AT", "HOARD_BYTES", "WAIT_S", "ArrivesDead", "Server", "holds", "makes", "steps"]
+__all__ = ["AT", "HOARD_BYTES", "WAIT_S", "ArrivesDead", "Server", "dies_early", "holds", "makes", "steps"]
 
 BATCH_S = 0.02
 AT = 50  # the batch of the fault: a second on, when the manager knows the worker
@@ -50,6 +50,16 @@ def steps(worker_id: str, plan: tuple[tuple[int, str], ...], trace: Trace, balla
             FAULTS[kind](trace)
         ckpt.state["batch"] = batch
         time.sleep(BATCH_S)
+
+
+def dies_early(trace: Trace) -> None:
+    """Work without an id, whose first process dies at once: nothing of it is on record yet."""
+    met = len(trace.notes("fault"))
+    for batch in faultguard.batches(range(1)):
+        trace.note("batch", "", met=met, batch=batch)
+        if not met:
+            trace.note("fault", "")
+            _kill(trace)
 
 
 def makes(worker_id: str, size: int) -> bytes:  # noqa: ARG001 - it names the worker

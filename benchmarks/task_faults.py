@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 import faultguard
-from benchmarks.failing import AT, WAIT_S, Server, holds
+from benchmarks.failing import AT, WAIT_S, Server, dies_early, holds
 from benchmarks.worker import TASK, WORKER, after, begin, heard_at, make_sure, raised, ready, resumed, signalled, stop
 from tests.nodes import WORK
 from tests.tasks import told, wait_until
@@ -18,7 +18,7 @@ from tests.tasks import told, wait_until
 if TYPE_CHECKING:
     from benchmarks.worker import Case
 
-__all__ = ["cancelled", "cancelled_by_force", "event_loop", "long_batch", "poisoned", "second_task", "spent", "unseen_holder"]
+__all__ = ["cancelled", "cancelled_by_force", "event_loop", "long_batch", "poisoned", "second_task", "spent", "unclaimed", "unseen_holder"]
 
 
 def poisoned(case: Case, kind: str, times: int) -> float:
@@ -26,6 +26,13 @@ def poisoned(case: Case, kind: str, times: int) -> float:
     took = resumed(case, *[kind] * times, which=0, on_poison="skip")
     make_sure(after(case, times)["batch"] == AT + 1, "the batch was not passed over")
     return took
+
+
+def unclaimed(case: Case) -> float:
+    """From the death of a task without an id, before it is claimed, to the first batch of the next attempt."""
+    task: Any = faultguard.recoverable(ray.remote(num_cpus=1, resources={WORK: 1})(dies_early))
+    ray.get(task.remote(case.trace), timeout=WAIT_S)
+    return float(after(case, 1)["time"] - case.trace.notes("fault")[0]["time"])
 
 
 def spent(case: Case) -> float:
