@@ -1,6 +1,6 @@
 """How soon each fault is noticed and made good: from the fault to the first batch of the next attempt. The column of docs/failure-model.md.
 
-    python benchmarks/detection.py [--rounds 3] [--only stopped,drained]
+    python benchmarks/detection.py [--rounds 3] [--only "stopped,node drained"]
 
 Real faults on a real cluster of this machine, one worker at a time, each in a run of its own with the timeouts below: what is waited
 for by setting is shown beside what comes on top. Where there is no next attempt, it is until the caller knows, or as the function says
