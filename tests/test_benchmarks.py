@@ -18,13 +18,14 @@ from benchmarks.budget import Bench
 if TYPE_CHECKING:
     from benchmarks.budget import Measured
 
-RUN = Path(__file__).resolve().parents[1] / "benchmarks" / "run.py"
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 IN_PROCESS = ("loop", "snapshot", "durable", "resumable")  # the rows that need no cluster
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+def run(*arguments: str, program: str = "run.py") -> subprocess.CompletedProcess[str]:
     """One run of the benchmarks, with its output."""
-    return subprocess.run([sys.executable, str(RUN), *arguments], capture_output=True, text=True, timeout=240, check=False)
+    command = [sys.executable, str(BENCHMARKS / program), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
 
 
 @pytest.fixture(scope="module")
@@ -129,3 +130,23 @@ def test_row_on_a_cluster_is_measured(tmp_path: Path, name: str) -> None:
     assert math.isfinite(row["value"])
     assert row["value"] > 0
     assert len(row["details"]) > 1
+
+
+def test_unknown_fault_is_refused() -> None:
+    """A name that is no fault is an error that lists them, not an empty run."""
+    done = run("--only", "SIGKIL", program="detection.py")
+    assert done.returncode == 2
+    assert "no such fault: SIGKIL; there are exception, " in done.stderr
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_how_soon_a_fault_is_made_good_is_measured() -> None:
+    """Each that is asked for has a line, and each measurement a run of its own."""
+    faults = ("hung in Python", "SIGKILL", "all records damaged")
+    done = run("--rounds", "1", "--only", ",".join(faults), program="detection.py")
+    assert done.returncode == 0, done.stdout + done.stderr
+    head, *lines = done.stdout.splitlines()
+    assert head.startswith("heartbeat_interval 1 s, ")
+    assert [line[:32].rstrip() for line in lines] == list(faults)
+    assert done.stderr.count("' starts. Store ") == len(faults)
