@@ -185,7 +185,7 @@ class _Line:
             self._ref = ref
             return False
         try:
-            replies, interval_s = ray.get(ref)
+            replies, interval_s = _ray.get_within(ref, _ray.READY_S)
         except ray.exceptions.RayError as error:
             self._drop(error)
         else:

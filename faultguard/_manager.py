@@ -574,7 +574,7 @@ def _ready(settings: Settings, name: str, deadline: float) -> ActorHandle[Recove
     """The manager, if it answers and is the right one; None: not yet."""
     try:
         handle = _get(name) or _make(settings, name)
-        reply = ray.get(_hello(handle, settings), timeout=max(deadline - time.monotonic(), RETRY_S))
+        reply = _ray.get_within(_hello(handle, settings), max(deadline - time.monotonic(), RETRY_S))
     except (ray.exceptions.RayError, ValueError) as error:  # it restarts, is about to go, or somebody else is making it
         if time.monotonic() + RETRY_S < deadline:
             return None

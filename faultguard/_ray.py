@@ -5,6 +5,7 @@ Facts behind it were measured on Ray 2.60 and are pinned by `tests/test_ray_fact
 
 from __future__ import annotations
 
+import concurrent.futures
 import functools
 import uuid
 from dataclasses import dataclass, replace
@@ -58,6 +59,7 @@ __all__ = [
 ]
 
 NAMESPACE = "faultguard"
+READY_S = 30.0  # for a value that is there
 _KV_NAMESPACE = b"faultguard"
 
 
@@ -258,8 +260,20 @@ UNREACHABLE = (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError, ray
 
 
 def get_within(ref: Any, seconds: float) -> Any:
-    """`ray.get` with a bound. On the main thread of a task it lends the CPU to others while it waits."""
-    return ray.get(ref, timeout=max(seconds, 0.0))
+    """`ray.get` with a bound. On the main thread of a task it lends the CPU to others while it waits.
+
+    In an async actor, where only threads of ours wait so, it is done without: Ray would warn its user of a blocked event loop.
+
+    Raises:
+        GetTimeoutError: it takes longer.
+    """
+    core: Any = getattr(ray._private.worker.global_worker, "core_worker", None)  # noqa: SLF001 - no public name
+    if core is None or not core.current_actor_is_asyncio():
+        return ray.get(ref, timeout=max(seconds, 0.0))
+    try:
+        return ref.future().result(max(seconds, 0.0))
+    except concurrent.futures.TimeoutError as error:
+        raise ray.exceptions.GetTimeoutError(f"not within {seconds:.1f} s") from error
 
 
 def run_on_node(function: Callable[..., Any], node_id: str, *args: Any) -> Any:
@@ -350,7 +364,7 @@ def result_or_none(ref: Any) -> Any:
     if not is_done(ref):
         return None
     try:
-        return ray.get(ref)
+        return get_within(ref, READY_S)
     except ray.exceptions.RayError:
         return None
 

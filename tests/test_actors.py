@@ -189,15 +189,13 @@ def test_cancel_of_a_call_of_an_async_actor(run: faultguard.Run, trace: Trace) -
 # --- threaded, and what all three do when they are told to stop -------------------------------------------------------
 
 
-def die_once(worker_id: str, trace: Trace) -> None:
-    """If the test says so."""
-    if trace.notes("dies", worker_id) and not trace.notes("died"):
-        trace.note("died", worker_id)
-        os._exit(1)
-
-
-def make_holder(kind: str, **options: Any) -> Any:
+def make_holder(kind: str, **options: Any) -> Any:  # noqa: C901 - workers cannot import this file, so all is in here
     """An actor of a kind, with methods that hold a worker in a loop until the test says "go"."""
+
+    def die_once(worker_id: str, trace: Trace) -> None:
+        if trace.notes("dies", worker_id) and not trace.notes("died"):
+            trace.note("died", worker_id)
+            os._exit(1)
 
     class Holder:
         def hold(self, worker_id: str, trace: Trace, every: int = 1) -> int:
@@ -338,6 +336,19 @@ def test_a_repeated_call_of_an_async_actor_replaces_one_that_lives(run: faultgua
     claims = [record.owner for record in records(run, "AsyncHolder.hold", "w") if record.kind == "claim"]
     assert len({owner.task_id for owner in claims}) == 1
     assert [owner.ray_attempt for owner in claims] == [0, 1]
+    ray.kill(actor)
+
+
+def test_ray_warns_nobody_of_what_we_do_beside_an_event_loop(run: faultguard.Run, trace: Trace, ray_cluster: str) -> None:
+    """Heartbeats and their answers are waited for on a thread of ours, in the actor as in the manager."""
+    actor = make_holder("async")
+    ref = actor.hold.remote("quiet", trace)
+    wait_until_heard("quiet")
+    heard = len(trace.notes("batch", "quiet"))
+    wait_until(lambda: len(trace.notes("batch", "quiet")) > heard + 100)  # some beats later
+    trace.note("go", "test")
+    assert get(ref) == 1
+    assert told(ray_cluster, "blocking ray.get") == []
     ray.kill(actor)
 
 
