@@ -844,8 +844,9 @@ def test_advance_wait_is_durable(tmp_path: Path) -> None:
         assert bytes(newest.state) == b'{"n":%d}' % item
 
 
-def test_advance_tells_at_once_when_the_store_fails(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was to be durable and is not raises; it does not wait for the patience of the writer."""
+def test_advance_tells_when_the_store_fails_for_too_long(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was to be durable, and is not after the patience with the store, raises where it was waited for."""
+    worker.patience_s = 0.1
     attempt = worker.attempt()
     monkeypatch.setattr(worker.store, "create", broken_create)
     attempt.ckpt.advance()
