@@ -128,7 +128,7 @@ class FakeManager:
         """Instead of `ray.wait`."""
         return ([], refs) if self.slow else (refs, [])
 
-    def get(self, ref: Any) -> tuple[list[str], float]:
+    def get(self, ref: Any, timeout: float) -> tuple[list[str], float]:
         """Instead of `ray.get`."""
         if not self.alive:
             raise self.error
