@@ -54,7 +54,7 @@ from tests.soak_tasks import (
     met_by,
     undecorated,
 )
-from tests.tasks import Trace, expected, manager_pid, open_files, our_threads, wait_until
+from tests.tasks import Trace, expected, manager_pid, open_files, our_threads, wait_until, worker_logs
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -306,9 +306,8 @@ class Soak:
 
     def complaints(self) -> int:
         """How often a worker has said that its store is in trouble."""
-        logs = (Path(self.nodes.directory) / "session_latest" / "logs").glob("worker-*.err")
         said = ("cannot save", "cannot begin")
-        return sum(text in line for log in logs for line in log.read_text(errors="replace").splitlines() for text in said)
+        return sum(text in line for log in worker_logs(self.nodes.directory) for line in log.splitlines() for text in said)
 
     def paths_of(self, job: Job, run: str = "") -> list[tuple[int, Path]]:
         """Its records with their numbers, oldest first. `run`: the folder of another run than that of this process."""
@@ -333,8 +332,7 @@ class Soak:
     def killed_by_us(self) -> list[tuple[str, int]]:
         """Worker and attempt of every process that the manager says it has ended."""
         said = re.compile(r"'[^'/]+/([wd][\d-]+)' attempt (\d+) (?:was stopped by a signal|stood still for longer than its stall_timeout)")
-        logs = (Path(self.nodes.directory) / "session_latest" / "logs").glob("worker-*.err")
-        return sorted({(worker, int(attempt)) for log in logs for worker, attempt in said.findall(log.read_text(errors="replace"))})
+        return sorted({(worker, int(attempt)) for log in worker_logs(self.nodes.directory) for worker, attempt in said.findall(log)})
 
 
 # --- faults of one worker -------------------------------------------------------------------------------------------

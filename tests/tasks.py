@@ -101,10 +101,18 @@ def wait_until_heard(worker: str) -> None:
     wait_until(lambda: worker in {beat["worker_id"] for beat in ray.get(faultguard.manager().live_workers.remote(), timeout=90)})
 
 
+def worker_logs(session: str, *kinds: str) -> list[str]:
+    """What each worker process of a cluster has said, on stderr if nothing else is asked for."""
+    folder = Path(session) / "session_latest" / "logs"
+    for _ in range(100):
+        with contextlib.suppress(FileNotFoundError):  # Ray gives a log another name when its process gets work
+            return [log.read_text(errors="replace") for kind in kinds or ("worker-*.err",) for log in folder.glob(kind)]
+    raise AssertionError("each time, a log had another name")
+
+
 def told(session: str, part: str) -> list[str]:
     """Lines that the manager of a cluster, or a worker, has said."""
-    logs = [log for kind in ("worker-*.err", "python-core-worker-*.log") for log in (Path(session) / "session_latest" / "logs").glob(kind)]
-    return [line for log in logs for line in log.read_text(errors="replace").splitlines() if part in line]
+    return [line for log in worker_logs(session, "worker-*.err", "python-core-worker-*.log") for line in log.splitlines() if part in line]
 
 
 def hang(seconds: float = 90.0) -> None:

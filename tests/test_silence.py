@@ -32,6 +32,7 @@ from tests.tasks import (
     told,
     wait_until,
     wait_until_heard,
+    worker_logs,
 )
 
 if TYPE_CHECKING:
@@ -81,9 +82,8 @@ def test_a_stopped_worker_is_marked_silent(start_run: StartRun, trace: Trace, ra
     wait_until(lambda: not is_silent("stopped"))
     assert ray.get(ref, timeout=WAIT_S) == expected(30)
     assert {note["attempt"] for note in trace.notes("batch")} == {1}
-    logs = (Path(ray_cluster) / "session_latest" / "logs").glob("worker-*.err")
-    told = [line for log in logs for line in log.read_text(errors="replace").splitlines() if "'steps/stopped' attempt 1 is silent" in line]
-    assert len(told) == 1
+    lines = [line for log in worker_logs(ray_cluster) for line in log.splitlines()]
+    assert len([line for line in lines if "'steps/stopped' attempt 1 is silent" in line]) == 1
 
 
 @ray.remote(num_cpus=0.5, max_retries=0)
