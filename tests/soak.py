@@ -476,10 +476,21 @@ def wait_left(soak: Soak, node: Any, kind: str, *, free_only: bool = False) -> N
 
     def left() -> bool:
         jobs = workers_on(soak, node)
+        if kind == "raylet frozen" and node.node_id not in alive():
+            end_who_cannot_leave(soak, jobs)
         return not jobs or (free_only and all(soak.is_busy(job) or job.kind not in DECORATED for job in jobs))
 
     wait_until(left, WAIT_S)
     soak.took[kind].append(time.monotonic() - began)
+
+
+def end_who_cannot_leave(soak: Soak, jobs: list[Job]) -> None:
+    """Who holds the interpreter outlives its raylet here, where orphans are adopted, and Ray waits for it: somebody has to end it."""
+    for job in jobs:
+        fault, note = soak.newest(job, "fault"), soak.newest(job)
+        if fault.get("kind") == "hang with the GIL" and fault["attempt"] == note["attempt"]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(note["pid"], signal.SIGKILL)
 
 
 def replace_lost(soak: Soak) -> None:
