@@ -301,7 +301,7 @@ def test_a_process_that_hosts_others_is_not_ended_from_outside(start_run: StartR
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_call_that_ray_repeats_resumes(run: faultguard.Run, trace: Trace, kind: str) -> None:
-    """With `max_restarts` and `max_task_retries` the call goes on by itself after the death of its actor."""
+    """With `max_restarts` and `max_task_retries` the call goes on by itself after the death of its actor, as a later attempt."""
     actor = make_holder(kind, max_restarts=1, max_task_retries=1)
     ref = actor.hold.remote("w", trace)
     wait_until(lambda: begun(trace, "w"), WAIT_S)
@@ -310,6 +310,10 @@ def test_a_call_that_ray_repeats_resumes(run: faultguard.Run, trace: Trace, kind
     trace.note("go", "test")
     assert get(ref) == 2
     assert trace.begins("w")[1] > 0
+    claims = [
+        record.owner for record in records(run, "AsyncHolder.hold" if kind == "async" else "Holder.hold", "w") if record.kind == "claim"
+    ]
+    assert [(owner.task_id, owner.ray_attempt) for owner in claims] == [(claims[0].task_id, attempt) for attempt in (0, 1)]
     ray.kill(actor)
 
 
@@ -321,21 +325,6 @@ def test_a_call_that_ray_repeats_after_its_block_is_not_refused(run: faultguard.
     trace.note("dies", "w")
     get(actor.hold.remote("w", trace))
     assert len(trace.notes("died")) == 1
-    ray.kill(actor)
-
-
-def test_a_repeated_call_of_an_async_actor_replaces_one_that_lives(run: faultguard.Run, trace: Trace) -> None:
-    """Ray repeats what it has given up, on a node that froze, say: the successor is known as one, also where the other may live."""
-    actor = make_holder("async", max_restarts=1, max_task_retries=1)
-    ref = actor.hold.remote("w", trace)
-    wait_until(lambda: begun(trace, "w"), WAIT_S)
-    os.kill(trace.notes("batch")[0]["pid"], signal.SIGKILL)
-    wait_until(lambda: begun(trace, "w", attempt=2), WAIT_S)
-    trace.note("go", "test")
-    assert get(ref) == 2
-    claims = [record.owner for record in records(run, "AsyncHolder.hold", "w") if record.kind == "claim"]
-    assert len({owner.task_id for owner in claims}) == 1
-    assert [owner.ray_attempt for owner in claims] == [0, 1]
     ray.kill(actor)
 
 
