@@ -470,27 +470,17 @@ def take_away(soak: Soak, node: Any, kind: str) -> None:
     soak.say(f"{kind}: {node.node_id[:8]} with {', '.join(job.worker_id for job in workers_on(soak, node))}")
 
 
-def wait_left(soak: Soak, node: Any, kind: str, *, free_only: bool = False) -> None:
-    """Until nobody's newest attempt is on the node; `free_only`: of those that leave by themselves and are not disturbed."""
+def wait_left(soak: Soak, node: Any, kind: str, done: Callable[[Job], bool] = lambda _: False) -> None:
+    """Until nobody's newest attempt is on the node, but for those of whom `done` says that they are not to be waited for."""
     began = time.monotonic()
-
-    def left() -> bool:
-        jobs = workers_on(soak, node)
-        if kind == "raylet frozen" and node.node_id not in alive():
-            end_who_cannot_leave(soak, jobs)
-        return not jobs or (free_only and all(soak.is_busy(job) or job.kind not in DECORATED for job in jobs))
-
-    wait_until(left, WAIT_S)
+    wait_until(lambda: all(done(job) for job in workers_on(soak, node)), WAIT_S)
     soak.took[kind].append(time.monotonic() - began)
 
 
-def end_who_cannot_leave(soak: Soak, jobs: list[Job]) -> None:
-    """Who holds the interpreter outlives its raylet here, where orphans are adopted, and Ray waits for it: somebody has to end it."""
-    for job in jobs:
-        fault, note = soak.newest(job, "fault"), soak.newest(job)
-        if fault.get("kind") == "hang with the GIL" and fault["attempt"] == note["attempt"]:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(note["pid"], signal.SIGKILL)
+def hangs_with_the_interpreter(soak: Soak, job: Job) -> bool:
+    """Whether its newest attempt does: nobody but a probe ends it, and none runs where the raylet is frozen."""
+    fault = soak.newest(job, "fault")
+    return fault.get("kind") == "hang with the GIL" and fault["attempt"] == soak.newest(job)["attempt"]
 
 
 def replace_lost(soak: Soak) -> None:
@@ -521,7 +511,7 @@ def freeze_node(soak: Soak, rng: random.Random, kind: str) -> None:
     pids = children(raylet.pid)
     with soak.nodes.frozen(node, *(pids if kind == "node frozen" else ())):
         soak.add_node()
-        wait_left(soak, node, kind)
+        wait_left(soak, node, kind, lambda job: hangs_with_the_interpreter(soak, job))
         wait_until(lambda: node.node_id not in alive(), WAIT_S)
     for pid in pids:  # one that was stopped besides has nobody who could end it
         with contextlib.suppress(ProcessLookupError):
@@ -531,6 +521,7 @@ def freeze_node(soak: Soak, rng: random.Random, kind: str) -> None:
     wait_until(lambda: not any(runs(pid) for pid in pids), WAIT_S)
     soak.took[f"{kind}: its zombies"].append(time.monotonic() - began)
     soak.nodes.remove(node)
+    wait_left(soak, node, f"{kind}: who hung")
 
 
 def drain_node(soak: Soak, rng: random.Random, kind: str) -> None:
@@ -543,7 +534,7 @@ def drain_node(soak: Soak, rng: random.Random, kind: str) -> None:
     take_away(soak, node, kind)
     soak.nodes.drain(node, 600)
     soak.add_node()
-    wait_left(soak, node, kind, free_only=True)
+    wait_left(soak, node, kind, lambda job: soak.is_busy(job) or job.kind not in DECORATED)
     soak.nodes.remove(node)
     wait_left(soak, node, "drained, then killed")
 
