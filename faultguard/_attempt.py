@@ -370,11 +370,13 @@ def _has_given_up(settings: Settings, me: rules.Claimant, head: Record) -> bool:
 
 def _last_beat(settings: Settings, me: rules.Claimant) -> dict[str, Any] | None:
     """What the manager has heard of the holder; None: it cannot be asked."""
-    from faultguard._manager import find_or_make
+    from faultguard._manager import ask
+
+    def last_beat(manager: Any) -> Any:
+        return manager.last_beat.remote(me.task, me.worker_id)
 
     try:
-        manager = find_or_make(settings, wait_s=MANAGER_WAIT_S)
-        heard: dict[str, Any] = _ray.get_within(manager.last_beat.remote(me.task, me.worker_id), MANAGER_WAIT_S)
+        heard: dict[str, Any] = ask(settings, last_beat, MANAGER_WAIT_S, MANAGER_WAIT_S)
     except (ManagerUnavailableError, *_ray.UNREACHABLE):
         return None
     return heard

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
     from faultguard._views import WorkerState
 
-__all__ = ["RecoveryManager", "RecoveryManagerActor", "end", "find", "find_or_make", "forget", "known", "manager_name"]
+__all__ = ["RecoveryManager", "RecoveryManagerActor", "ask", "end", "find", "find_or_make", "forget", "known", "manager_name"]
 
 R = TypeVar("R")
 STORE_THREADS = 32
@@ -48,6 +48,7 @@ MAX_BEATS = 1_000  # calls at once that never wait for the store
 READY_S = 30.0
 RETRY_S = 0.2
 HEAD_NODE = "node:__internal_head__"
+MAX_RESTARTS = 20  # by Ray, preemptions excepted: one whose class went with its job would be started about once a second for ever
 
 
 class RecoveryManagerActor:
@@ -58,12 +59,13 @@ class RecoveryManagerActor:
     Passing it with later calls keeps an attempt that was replaced from doing harm; without it the caller counts as the newest.
     """
 
-    def __init__(self, settings: bytes, name: str = "") -> None:
+    def __init__(self, settings: bytes, name: str = "", *, follows: bool = False) -> None:
         """Made by `RecoveryManager.remote` and `faultguard.manager`.
 
         Args:
             settings: of the store and the limits, encoded.
             name: of the actor that a job shares; it ends itself with the job. Empty: it belongs to who made it.
+            follows: there was one before it, which may have heard of workers that stand still.
         """
         from faultguard._registry import Registry  # only the actor needs it, and every worker process imports this module
 
@@ -80,7 +82,7 @@ class RecoveryManagerActor:
         self._monitor: _Ticker | None = None
         self._prober = Prober(self._settings.heartbeat_timeout)
         self._watched = time.monotonic()  # when it last looked: it may be frozen before its first look, too
-        self._is_new = True
+        self._is_new, self._follows = True, follows
         if name:
             period_s = min(self._settings.heartbeat_interval, JOB_CHECK_S)
             for worker_id, number in cancels_of(self._settings).items():
@@ -294,7 +296,7 @@ class RecoveryManagerActor:
 
     def _survey_if_absent(self, now: float) -> None:
         """Ask the nodes whom they hold, if beats can have been lost here: who has stood still since then will not send another one."""
-        if now - self._watched > self._settings.heartbeat_timeout / 2 or (self._is_new and _ray.is_restarted()):
+        if now - self._watched > self._settings.heartbeat_timeout / 2 or (self._is_new and (self._follows or _ray.is_restarted())):
             self._prober.survey(self._settings.run)
         self._watched, self._is_new = now, False
 
@@ -500,6 +502,7 @@ def _own_settings(
 
 _lock = threading.Lock()
 _handles: dict[str, ActorHandle[RecoveryManagerActor]] = {}
+_died: set[str] = set()  # managers that this process has known
 _connection = ""  # the connection to Ray that the handles belong to
 
 
@@ -540,10 +543,31 @@ def find(settings: Settings) -> ActorHandle[RecoveryManagerActor] | None:
     return known(settings) or (_get(manager_name(settings)) if _ray.is_ready() else None)
 
 
+def ask(settings: Settings, call: Callable[[ActorHandle[RecoveryManagerActor]], Any], timeout_s: float, wait_s: float = READY_S) -> Any:
+    """Give what the manager answers; one that has died, and that Ray does not start any more, has a successor.
+
+    Args:
+        settings: of the run.
+        call: calls a method of the manager.
+        timeout_s: for the answer.
+        wait_s: as of `find_or_make`.
+
+    Raises:
+        ManagerUnavailableError: as of `find_or_make`.
+        RayError: it does not answer.
+    """
+    try:
+        return _ray.get_within(call(find_or_make(settings, wait_s)), timeout_s)
+    except ray.exceptions.ActorDiedError:
+        forget(settings)
+    return _ray.get_within(call(find_or_make(settings, wait_s)), timeout_s)
+
+
 def forget(settings: Settings) -> None:
     """Drop the handle of a manager that died, so that the next one is found by its name."""
     with _lock:
-        _handles.pop(manager_name(settings), None)
+        if _handles.pop(manager_name(settings), None) is not None:
+            _died.add(manager_name(settings))
 
 
 def end(settings: Settings) -> None:
@@ -566,6 +590,7 @@ def known(settings: Settings) -> ActorHandle[RecoveryManagerActor] | None:
     with _lock:
         if connection != _connection:
             _handles.clear()
+            _died.clear()
             _connection = connection
         return _handles.get(manager_name(settings))
 
@@ -599,14 +624,14 @@ def _make(settings: Settings, name: str) -> ActorHandle[RecoveryManagerActor]:
         "get_if_exists": True,
         "lifetime": "detached",
         "num_cpus": 0,
-        "max_restarts": -1,
+        "max_restarts": MAX_RESTARTS,
         "max_task_retries": 0,
         "scheduling_strategy": "DEFAULT",
     }
     resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call] # Ray left it unannotated
     if HEAD_NODE in resources:
         options["resources"] = {HEAD_NODE: 0.001}
-    handle: ActorHandle[RecoveryManagerActor] = _actor_class().options(**options).remote(settings.encode(), name)
+    handle: ActorHandle[RecoveryManagerActor] = _actor_class().options(**options).remote(settings.encode(), name, follows=name in _died)
     return handle
 
 

@@ -209,7 +209,7 @@ def cancel(worker_id: str | None = None) -> None:
         >>> ref = embed.options(worker_id="w7").remote(keys)  # doctest: +SKIP
         >>> faultguard.cancel("w7")  # doctest: +SKIP
     """
-    from faultguard._manager import find_or_make
+    from faultguard._manager import ask
 
     if worker_id is not None:
         check_worker_id(worker_id)
@@ -217,7 +217,7 @@ def cancel(worker_id: str | None = None) -> None:
     note_cancel(settings, worker_id)
     _settings.publish(settings)
     try:
-        _ray.get_within(find_or_make(settings).cancel.remote(settings.cancels, worker_id), CANCEL_WAIT_S)
+        ask(settings, lambda manager: manager.cancel.remote(settings.cancels, worker_id), CANCEL_WAIT_S)
     except _ray.UNREACHABLE as error:
         raise ManagerUnavailableError(f"the manager of run {settings.run!r} could not be told to cancel: {error}") from error
 

@@ -114,10 +114,12 @@ def manager() -> ActorHandle[Any]:
         UsageError: there is no run here.
         ManagerUnavailableError: it does not answer, or serves another store.
     """
-    from faultguard._manager import find_or_make
+    from faultguard._manager import find_or_make, forget
     from faultguard._session import current_settings
 
-    return find_or_make(current_settings())
+    settings = current_settings()
+    forget(settings)  # the one that is known here may have died
+    return find_or_make(settings)
 
 
 def _live(settings: Settings) -> list[dict[str, Any]]:

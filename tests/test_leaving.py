@@ -97,6 +97,21 @@ def test_cancel_of_all_takes_those_that_wait(start_run: StartRun, trace: Trace) 
     assert ray.get(sticks.remote("w11", trace), timeout=WAIT_S) == expected(6)
 
 
+def test_cancel_where_the_manager_has_died_for_good(start_run: StartRun, trace: Trace) -> None:
+    """Somebody has killed it, and this driver knows it: there is another one."""
+    start_run(heartbeat_interval=INTERVAL_S)
+    first = faultguard.manager()
+    ref = sticks.remote("w", trace)
+    wait_until(lambda: is_stuck(trace, "w"))
+    ray.kill(first, no_restart=True)
+    with pytest.raises(ray.exceptions.ActorDiedError):
+        ray.get(first.last_beat.remote("sticks", "w"), timeout=WAIT_S)
+    faultguard.cancel("w")
+    with pytest.raises(ray.exceptions.TaskCancelledError):
+        ray.get(ref, timeout=WAIT_S)
+    assert faultguard.manager() != first
+
+
 @faultguard.recoverable(backoff=NOWAIT)
 @ray.remote(num_cpus=CPUS, max_calls=1)
 def brief(worker_id: str, trace: Trace, deaths: int) -> str:

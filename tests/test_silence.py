@@ -18,6 +18,7 @@ import pytest
 import ray
 
 import faultguard
+from faultguard import _manager
 from faultguard._core.names import encode_name
 from tests.needs import require_a_look_at_parents
 from tests.tasks import (
@@ -296,6 +297,34 @@ def test_a_stopped_worker_is_replaced_also_if_its_manager_dies(start_run: StartR
     assert ray.get(refs, timeout=WAIT_S) == [expected(30)] * 2
     assert {note["attempt"] for note in trace.notes("batch", "still")} == {1, 2}
     assert {note["attempt"] for note in trace.notes("batch", "works")} == {1}
+
+
+def test_a_manager_that_cannot_start_any_more_is_not_started_for_ever(
+    start_run: StartRun, trace: Trace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray has lost its class, as with a job that ended: the next heartbeat makes another one, which asks the nodes, too."""
+    monkeypatch.setattr(_manager, "MAX_RESTARTS", 2)
+    start_run(heartbeat_interval=INTERVAL_S, heartbeat_timeout=TIMEOUT_S)
+    first = faultguard.manager()
+    refs = [steps.remote(worker, 120, 0.1, trace) for worker in ("still", "works")]
+    wait_until_heard("still")
+    wait_until_heard("works")
+    forget_actor_classes()
+    os.kill(trace.notes("batch", "still")[-1]["pid"], signal.SIGSTOP)
+    os.kill(manager_pid(), signal.SIGKILL)
+    wait_until(lambda: ray._private.state.actors(first._actor_id.hex())["State"] == "DEAD")
+    assert ray.get(refs, timeout=WAIT_S) == [expected(120)] * 2
+    assert {note["attempt"] for note in trace.notes("batch", "still")} == {1, 2}
+    assert {note["attempt"] for note in trace.notes("batch", "works")} == {1}
+    assert faultguard.manager()._actor_id != first._actor_id
+
+
+def forget_actor_classes() -> None:
+    """Delete what Ray starts the actors of this job from, as it does when a job has ended."""
+    private: Any = ray._private
+    client, space = private.worker.global_worker.gcs_client, private.ray_constants.KV_NAMESPACE_FUNCTION_TABLE
+    for key in client.internal_kv_keys(b"ActorClass:" + ray.get_runtime_context().get_job_id().encode(), space):
+        client.internal_kv_del(key, False, space)
 
 
 def test_a_worker_that_stops_before_its_manager_has_heard_it_is_replaced(start_run: StartRun, trace: Trace, ray_cluster: str) -> None:
