@@ -381,6 +381,40 @@ print(json.dumps([told, calls]))
 """
 
 
+LISTED = """
+import json, os, sys
+from faultguard.storage.local import LocalStore
+
+calls, fsync = [], os.fsync
+def recorded(fd):
+    calls.append(os.readlink(f"/proc/self/fd/{fd}"))
+    fsync(fd)
+os.fsync = recorded
+
+def costs(store):
+    del calls[:]
+    return len(store.list("run/task/w0/")), calls.count(sys.argv[1] + "/run/task/w0")
+
+ours, theirs = LocalStore(sys.argv[1]), LocalStore(sys.argv[1])
+one, two = ["run/task/w0/%09d.json" % number for number in (1, 2)]
+ours.create(one, b"1")
+told = [costs(ours), costs(theirs)]
+theirs.delete(one)
+theirs.create(one, b"1")
+told.append(costs(ours))
+ours.create(two, b"2")
+told.append(costs(ours))
+print(json.dumps(told))
+"""
+
+
+def test_what_is_listed_is_durable_and_no_fsync_is_wasted_on_a_record_of_its_own(tmp_path: Path) -> None:
+    """(keys, fsyncs): its own one; for another process; made anew by another one; beside one of another one."""
+    root = tmp_path / "store"
+    root.mkdir()
+    assert run(LISTED, str(root)) == [[1, 0], [1, 1], [1, 1], [2, 1]]
+
+
 def inject(root: Path, when: str, *, tmpfile: bool) -> tuple[list[Any], list[str]]:
     """Run `FSYNCS` on a fresh root with some fsyncs failing."""
     shutil.rmtree(root, ignore_errors=True)

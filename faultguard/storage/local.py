@@ -359,11 +359,16 @@ class LocalStore:
                 kinds = {entry.name: entry.is_dir() for entry in entries}
             names = _remove_leftovers(kinds, directory_fd)
             keys = [key for name in names if not kinds[name] and (key := prefix + name) > start_after]
-            if keys:
+            if keys and not self._has_made(prefix, keys):
                 os.fsync(directory_fd)
         finally:
             _close(directory_fd)
         return keys, [f"{prefix}{name}/" for name in names if kinds[name]]
+
+    def _has_made(self, prefix: str, keys: builtins.list[str]) -> bool:
+        """Whether these are one record that this process has made, and so is durable: the look of a claim that began a log."""
+        witness = self._settled.get(f"{self._root}/{prefix}".rstrip("/"))
+        return witness is not None and [f"{self._root}/{key}" for key in keys] == [witness.path] and witness.is_there()
 
     # -- trust and complaints
 
