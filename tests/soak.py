@@ -54,7 +54,7 @@ from tests.soak_tasks import (
     met_by,
     undecorated,
 )
-from tests.tasks import Trace, expected, manager_pid, open_files, our_threads, wait_until, worker_logs
+from tests.tasks import Trace, expected, manager_pid, open_files, our_threads, ray_logs, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -307,7 +307,7 @@ class Soak:
     def complaints(self) -> int:
         """How often a worker has said that its store is in trouble."""
         said = ("cannot save", "cannot begin")
-        return sum(text in line for log in worker_logs(self.nodes.directory) for line in log.splitlines() for text in said)
+        return sum(text in line for log in ray_logs(self.nodes.directory) for line in log.splitlines() for text in said)
 
     def paths_of(self, job: Job, run: str = "") -> list[tuple[int, Path]]:
         """Its records with their numbers, oldest first. `run`: the folder of another run than that of this process."""
@@ -332,7 +332,7 @@ class Soak:
     def killed_by_us(self) -> list[tuple[str, int]]:
         """Worker and attempt of every process that the manager says it has ended."""
         said = re.compile(r"'[^'/]+/([wd][\d-]+)' attempt (\d+) (?:was stopped by a signal|stood still for longer than its stall_timeout)")
-        return sorted({(worker, int(attempt)) for log in worker_logs(self.nodes.directory) for worker, attempt in said.findall(log)})
+        return sorted({(worker, int(attempt)) for log in ray_logs(self.nodes.directory) for worker, attempt in said.findall(log)})
 
 
 # --- faults of one worker -------------------------------------------------------------------------------------------
@@ -871,12 +871,12 @@ def ended_by_ray(soak: Soak) -> list[Fault]:
 
     The owner of an attempt that went to another node is the process that waits for it.
     """
-    logs = Path(soak.nodes.directory) / "session_latest" / "logs"
+    session = soak.nodes.directory
     exits = re.compile(r"Reporting worker exit, worker id = (\w+),.*(keepalive|NODE_OUT_OF_MEMORY)")
-    found = {who: why for log in logs.glob("gcs_server*.out") for who, why in exits.findall(log.read_text(errors="replace"))}
+    found = {who: why for text in ray_logs(session, "gcs_server*.out") for who, why in exits.findall(text)}
     begun = re.compile(r"Started worker process with pid (\d+) worker_id=(\w+)")
     orphaned = re.compile(r"Killing leased worker because its (owner)(?:'s node)? died. worker_id=(\w+)")
-    raylets = [log.read_text(errors="replace") for log in logs.glob("raylet*.out")]
+    raylets = ray_logs(session, "raylet*.out")
     found |= {who: why for text in raylets for why, who in orphaned.findall(text)}
     pids = {who: int(pid) for text in raylets for pid, who in begun.findall(text)}
     return [Fault(ENDED_BY_RAY[why], pid=pids[who]) for who, why in found.items() if who in pids]

@@ -101,8 +101,8 @@ def wait_until_heard(worker: str) -> None:
     wait_until(lambda: worker in {beat["worker_id"] for beat in ray.get(faultguard.manager().live_workers.remote(), timeout=90)})
 
 
-def worker_logs(session: str, *kinds: str) -> list[str]:
-    """What each worker process of a cluster has said, on stderr if nothing else is asked for."""
+def ray_logs(session: str, *kinds: str) -> list[str]:
+    """What the processes of a cluster have said, its workers on stderr if no other logs are asked for."""
     folder = Path(session) / "session_latest" / "logs"
     for _ in range(100):
         with contextlib.suppress(FileNotFoundError):  # Ray gives a log another name when its process gets work
@@ -112,7 +112,7 @@ def worker_logs(session: str, *kinds: str) -> list[str]:
 
 def told(session: str, part: str) -> list[str]:
     """Lines that the manager of a cluster, or a worker, has said."""
-    return [line for log in worker_logs(session, "worker-*.err", "python-core-worker-*.log") for line in log.splitlines() if part in line]
+    return [line for log in ray_logs(session, "worker-*.err", "python-core-worker-*.log") for line in log.splitlines() if part in line]
 
 
 def hang(seconds: float = 90.0) -> None:

@@ -27,13 +27,13 @@ from tests.tasks import (
     expected,
     loop_in_c,
     manager_pid,
+    ray_logs,
     records,
     result,
     stopped,
     told,
     wait_until,
     wait_until_heard,
-    worker_logs,
 )
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def test_a_stopped_worker_is_marked_silent(start_run: StartRun, trace: Trace, ra
     wait_until(lambda: not is_silent("stopped"))
     assert ray.get(ref, timeout=WAIT_S) == expected(30)
     assert {note["attempt"] for note in trace.notes("batch")} == {1}
-    lines = [line for log in worker_logs(ray_cluster) for line in log.splitlines()]
+    lines = [line for log in ray_logs(ray_cluster) for line in log.splitlines()]
     assert len([line for line in lines if "'steps/stopped' attempt 1 is silent" in line]) == 1
 
 

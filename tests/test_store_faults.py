@@ -19,7 +19,7 @@ import faultguard
 from faultguard.storage import STORE_KEY, open_store, store_id
 from tests.disks import renamed, small_disk, where_it_is_another
 from tests.nodes import Nodes, doctor, some_nodes
-from tests.tasks import NOWAIT, Trace, expected, records, result, wait_until, worker_logs
+from tests.tasks import NOWAIT, Trace, expected, ray_logs, records, result, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -70,7 +70,7 @@ def steps(worker_id: str, trace: Trace, moment: str = "loop") -> Any:
 
 def said(directory: str, part: str) -> list[str]:
     """What worker processes of the cluster have logged with `part` in it."""
-    return [line for log in worker_logs(directory) for line in log.splitlines() if part in line]
+    return [line for log in ray_logs(directory) for line in log.splitlines() if part in line]
 
 
 @pytest.fixture(scope="module")
