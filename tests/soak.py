@@ -1001,7 +1001,8 @@ def keep(soak: Soak) -> None:
     target = Path(f"/var/tmp/faultguard-soak-{soak.seed}-kept")
     shutil.rmtree(target, ignore_errors=True)
     shutil.copytree(Path(soak.folder).parent, target / "soak")
-    shutil.copytree(Path(soak.nodes.directory) / "session_latest" / "logs", target / "logs")
+    with contextlib.suppress(shutil.Error):  # of logs that Ray has moved meanwhile: the others are there
+        shutil.copytree(Path(soak.nodes.directory) / "session_latest" / "logs", target / "logs")
     print(f"kept in {target}")
 
 
