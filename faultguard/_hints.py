@@ -51,6 +51,11 @@ class _Function:
         self.loops = [node for node in ast.walk(self.tree) if isinstance(node, _LOOPS) and _is_checkpointed(node)]
         arguments = self.definition.args if isinstance(self.definition, (ast.FunctionDef, ast.Lambda)) else None
         self.parameters = {a.arg for a in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)} if arguments else set()
+        stored = {node.id for node in ast.walk(self.tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+        stored -= {name for node in ast.walk(self.tree) if isinstance(node, ast.Global) for name in node.names}
+        module = inspect.getmodule(code)
+        held = {name for name, value in vars(module).items() if not (callable(value) or inspect.ismodule(value))} if module else set()
+        self.of_module = held - stored - self.parameters
 
     @classmethod
     def of(cls, code: CodeType) -> _Function | None:
@@ -65,7 +70,16 @@ class _Function:
         function = cls.of(code)
         if function is None:
             return []
-        order = [function.ahead, function.beside, function.assigned, function.outer, function.arguments, function.locals]
+        order = [
+            function.ahead,
+            function.beside,
+            function.assigned,
+            function.outer,
+            function.arguments,
+            function.locals,
+            function.copies,
+            function.globals,
+        ]
         random = [function.shuffled, function.sets, function.generators]
         order = [*random[:2], *order, *random[2:]] if input_changed else [*order, *random[::-1]]
         return list(itertools.chain.from_iterable(look() for look in order))
@@ -159,6 +173,35 @@ class _Function:
                     f"`ckpt.state.setdefault({name!r}, {_value(before[name])})` before the loop, and use ckpt.state[{name!r}] in it",
                 )
 
+    def copies(self) -> Iterator[str]:
+        """A copy of something in the state that the loop changes, and does not write back."""
+        copied = {
+            target.id: place
+            for node in self._before()
+            if isinstance(node, (ast.Assign, ast.AnnAssign)) and (place := _in_state(node.value)) is not None
+            for target in _targets(node)
+            if isinstance(target, ast.Name)
+        }
+        for node, name in self._changed():
+            if name in copied and _rebinds(node) and not self._is_written_back(name):
+                yield self._at(
+                    node,
+                    f"`{ast.unparse(node)}` changes a copy of what is in the state, and the loop does not write it back. Write "
+                    f"`{copied[name]} = {name}` in it, after that",
+                )
+
+    def globals(self) -> Iterator[str]:
+        """Something of the module that the loop changes."""
+        told = set()
+        for node, name in self._changed():
+            if name in self.of_module and name not in told:
+                told.add(name)
+                yield self._at(
+                    node,
+                    f"`{ast.unparse(node)}` changes `{name}` of the module, of which each process has its own, and which is not saved. "
+                    f"Keep it in ckpt.state[{name!r}]",
+                )
+
     def generators(self) -> Iterator[str]:
         """A random generator that every attempt seeds anew."""
         if any(isinstance(node, ast.Call) and _name(node.func) == "track" for node in ast.walk(self.tree)):
@@ -224,6 +267,16 @@ class _Function:
                 if name is not None:
                     yield node, name
 
+    def _is_written_back(self, name: str) -> bool:
+        """Whether a loop puts a variable into the state."""
+        return any(
+            isinstance(node, (ast.Assign, ast.AugAssign, ast.Call))
+            and any(isinstance(part, ast.expr) and _is_state(part) for part in ast.walk(node))
+            and any(isinstance(part, ast.Name) and part.id == name and isinstance(part.ctx, ast.Load) for part in ast.walk(node))
+            for loop in self.loops
+            for node in ast.walk(loop)
+        )
+
     def _is_carried(self, name: str) -> bool:
         """Whether a variable stands for the state, a handle, or something that is tracked."""
         for node in ast.walk(self.tree):
@@ -260,6 +313,22 @@ def _is_state(target: ast.expr) -> bool:
     while isinstance(target, ast.Subscript):
         target = target.value
     return isinstance(target, ast.Attribute) and target.attr == "state"
+
+
+def _in_state(value: ast.expr | None) -> str | None:
+    """The place in the state from which a value was taken, as one writes it: of `ckpt.state.get("n", 0)`, too."""
+    if isinstance(value, ast.Subscript) and _is_state(value):
+        return ast.unparse(value)
+    if not (isinstance(value, ast.Call) and isinstance(value.func, ast.Attribute) and value.args):
+        return None
+    taken = value.func.attr in {"get", "setdefault"} and _is_state(value.func.value)
+    return f"{ast.unparse(value.func.value)}[{ast.unparse(value.args[0])}]" if taken else None
+
+
+def _rebinds(node: ast.AST) -> bool:
+    """Whether it gives a variable another value, and does not change the one that it has."""
+    targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AugAssign) else []
+    return any(isinstance(target, ast.Name) for target in targets)
 
 
 def _accumulates(node: ast.AST) -> bool:

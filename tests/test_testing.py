@@ -70,6 +70,38 @@ def a_total_twin(items: list[int]) -> int:
     return total
 
 
+def copied(items: list[int]) -> Any:
+    """A copy of the state, which goes back when all is done."""
+    ckpt = current()
+    total = ckpt.state.get("total", 0)
+    for item in ckpt.batches(items):
+        total += item
+    ckpt.state["total"] = total
+    return total
+
+
+def copied_twin(items: list[int]) -> Any:
+    """A copy of the state, which goes back in each batch."""
+    ckpt = current()
+    total = ckpt.state.get("total", 0)
+    for item in ckpt.batches(items):
+        total += item
+        ckpt.state["total"] = total
+    return total
+
+
+SEEN: list[int] = []
+
+
+def of_the_module(items: list[int]) -> Any:
+    """What the module holds is each process's own."""
+    for item in batches(items):
+        SEEN.append(item)  # noqa: PERF402 - the trap
+    found = sorted(SEEN)
+    SEEN.clear()
+    return found
+
+
 def comprehension(items: list[int]) -> list[int]:
     """Results in a list that this attempt makes."""
     return [item * 2 for item in batches(items)]
@@ -313,6 +345,8 @@ def in_a_row(items: list[int]) -> Any:
 TRAPS: list[tuple[Callable[..., Any], tuple[Any, ...], str]] = [
     (outside, (NUMBERS,), "`results` lives outside of the state"),
     (a_total, (NUMBERS,), "ckpt.state.setdefault('total', 0)"),
+    (copied, (NUMBERS,), "Write `ckpt.state['total'] = total` in it, after that"),
+    (of_the_module, (NUMBERS,), "`SEEN.append(item)` changes `SEEN` of the module"),
     (comprehension, (NUMBERS,), "a comprehension over batches() holds only"),
     (enumerated, (NUMBERS,), "Write batches(enumerate(items))"),
     (seeded, (8,), "Write ckpt.track(rng=rng)"),
@@ -331,6 +365,7 @@ TRAPS: list[tuple[Callable[..., Any], tuple[Any, ...], str]] = [
 TWINS: list[tuple[Callable[..., Any], tuple[Any, ...]]] = [
     (outside_twin, (NUMBERS,)),
     (a_total_twin, (NUMBERS,)),
+    (copied_twin, (NUMBERS,)),
     (enumerated_twin, (NUMBERS,)),
     (seeded_twin, (8,)),
     (seeded_in_numpy_twin, (8,)),
