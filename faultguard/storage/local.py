@@ -188,8 +188,7 @@ class LocalStore:
         # the link fails with ENOENT, even if another process has made it anew.
         directory_fd = os.open(directory, _DIRECTORY)
         try:
-            settled = self._settle(directory, directory_fd)
-            created, found = self._write_and_link(directory_fd, key, data)
+            created, found, settled = self._write_and_link(directory, directory_fd, key, data)
             _step("before_dir_fsync", key)
             try:
                 # Also if the key exists: its writer may have died before it did this, and our caller goes by what is there.
@@ -207,8 +206,8 @@ class LocalStore:
             self._settled.update(dict.fromkeys(settled, witness))
         return created
 
-    def _write_and_link(self, directory_fd: int, key: str, data: bytes) -> tuple[bool, os.stat_result]:
-        """Give durable content its name: whether this call did, and the file."""
+    def _write_and_link(self, directory: str, directory_fd: int, key: str, data: bytes) -> tuple[bool, os.stat_result, builtins.list[str]]:
+        """Give durable content its name: whether this call did, the file, and the directories that are durable with it."""
         fd, temporary = self._open_temporary(directory_fd)
         try:
             _write(fd, data)
@@ -216,10 +215,13 @@ class LocalStore:
             # file is thrown away, and a caller that tries again gets another one.
             os.fsync(fd)
             found = os.fstat(fd)
+            # Before the link: nobody may see a record whose directory a crash can take. After the fsync of the file, which has
+            # committed a new directory, too, where the file system has a journal.
+            settled = self._settle(directory, directory_fd)
             _step("before_link", key)
             created = self._link(fd, temporary, directory_fd, key)
             _step("after_link", key)
-            return created, found
+            return created, found, settled
         finally:
             _close(fd)
             if temporary is not None:
