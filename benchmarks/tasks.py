@@ -112,13 +112,13 @@ def named(bench: Bench) -> Measured:
 def _two_records(folder: Path) -> None:
     """The least that is durable: a folder, and two files that are there whole or not at all."""
     writer = DurableWriter(folder)
+    for _ in range(2):
+        writer.write(b"x" * RECORD_BYTES)
     parent = os.open(folder.parent, os.O_RDONLY)
     try:
         os.fsync(parent)
     finally:
         os.close(parent)
-    for _ in range(2):
-        writer.write(b"x" * RECORD_BYTES)
 
 
 def _explain_named(bench: Bench) -> list[str]:
