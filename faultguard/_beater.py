@@ -161,7 +161,8 @@ class _Line:
         """Beat for all these workers in one call, and see whether it arrives."""
         self._due = time.monotonic() + self._interval_s
         try:
-            said = [(client, {**beat, "interval_s": self._interval_s}) for client in clients if (beat := _beat(client)) is not None]
+            more = {"interval_s": self._interval_s}
+            said = [(client, {**beat, **more, "again": client.beaten}) for client in clients if (beat := _beat(client)) is not None]
             beats, self._beaten = [beat for _, beat in said], [client for client, _ in said]
             if beats:
                 self._ref = find_or_make(self._settings, RESOLVE_S).beat.remote(beats)

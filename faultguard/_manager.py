@@ -59,13 +59,12 @@ class RecoveryManagerActor:
     Passing it with later calls keeps an attempt that was replaced from doing harm; without it the caller counts as the newest.
     """
 
-    def __init__(self, settings: bytes, name: str = "", *, follows: bool = False) -> None:
+    def __init__(self, settings: bytes, name: str = "") -> None:
         """Made by `RecoveryManager.remote` and `faultguard.manager`.
 
         Args:
             settings: of the store and the limits, encoded.
             name: of the actor that a job shares; it ends itself with the job. Empty: it belongs to who made it.
-            follows: there was one before it, which may have heard of workers that stand still.
         """
         from faultguard._registry import Registry  # only the actor needs it, and every worker process imports this module
 
@@ -82,7 +81,8 @@ class RecoveryManagerActor:
         self._monitor: _Ticker | None = None
         self._prober = Prober(self._settings.heartbeat_timeout)
         self._watched = time.monotonic()  # when it last looked: it may be frozen before its first look, too
-        self._is_new, self._follows = True, follows
+        self._is_new = True
+        self._has_asked = False  # the nodes, whom they hold
         if name:
             period_s = min(self._settings.heartbeat_interval, JOB_CHECK_S)
             for worker_id, number in cancels_of(self._settings).items():
@@ -296,8 +296,10 @@ class RecoveryManagerActor:
 
     def _survey_if_absent(self, now: float) -> None:
         """Ask the nodes whom they hold, if beats can have been lost here: who has stood still since then will not send another one."""
-        if now - self._watched > self._settings.heartbeat_timeout / 2 or (self._is_new and (self._follows or _ray.is_restarted())):
+        absent = now - self._watched > self._settings.heartbeat_timeout / 2 or (self._is_new and _ray.is_restarted())
+        if absent or (self._live.follows and not self._has_asked):
             self._prober.survey(self._settings.run)
+            self._has_asked = True
         self._watched, self._is_new = now, False
 
     def _watch(self, period_s: float) -> None:
@@ -502,7 +504,6 @@ def _own_settings(
 
 _lock = threading.Lock()
 _handles: dict[str, ActorHandle[RecoveryManagerActor]] = {}
-_died: set[str] = set()  # managers that this process has known
 _connection = ""  # the connection to Ray that the handles belong to
 
 
@@ -566,8 +567,7 @@ def ask(settings: Settings, call: Callable[[ActorHandle[RecoveryManagerActor]], 
 def forget(settings: Settings) -> None:
     """Drop the handle of a manager that died, so that the next one is found by its name."""
     with _lock:
-        if _handles.pop(manager_name(settings), None) is not None:
-            _died.add(manager_name(settings))
+        _handles.pop(manager_name(settings), None)
 
 
 def end(settings: Settings) -> None:
@@ -590,7 +590,6 @@ def known(settings: Settings) -> ActorHandle[RecoveryManagerActor] | None:
     with _lock:
         if connection != _connection:
             _handles.clear()
-            _died.clear()
             _connection = connection
         return _handles.get(manager_name(settings))
 
@@ -631,7 +630,7 @@ def _make(settings: Settings, name: str) -> ActorHandle[RecoveryManagerActor]:
     resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call] # Ray left it unannotated
     if HEAD_NODE in resources:
         options["resources"] = {HEAD_NODE: 0.001}
-    handle: ActorHandle[RecoveryManagerActor] = _actor_class().options(**options).remote(settings.encode(), name, follows=name in _died)
+    handle: ActorHandle[RecoveryManagerActor] = _actor_class().options(**options).remote(settings.encode(), name)
     return handle
 
 
