@@ -487,9 +487,18 @@ def replace_lost(soak: Soak) -> None:
     """A node that Ray has given up by itself, on a machine that is too busy, is replaced like any other."""
     for node in [node for node in soak.workers if node.node_id not in alive()]:
         take_away(soak, node, "node given up")
-        soak.nodes.remove(node)
+        remove(soak, node)
     while len(soak.workers) < NODES:
         soak.add_node()
+
+
+def remove(soak: Soak, node: Any) -> None:
+    """Kill a node with everything on it, who is stopped there, too: it cannot see that its raylet is gone, and a machine takes it along."""
+    pids = children(node.all_processes["raylet"][0].process.pid)
+    soak.nodes.remove(node)
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)
 
 
 def kill_node(soak: Soak, rng: random.Random, kind: str) -> None:
@@ -497,7 +506,7 @@ def kill_node(soak: Soak, rng: random.Random, kind: str) -> None:
     replace_lost(soak)
     node = rng.choice(soak.workers)
     take_away(soak, node, kind)
-    soak.nodes.remove(node)
+    remove(soak, node)
     soak.add_node()
     wait_left(soak, node, kind)
 
@@ -535,7 +544,7 @@ def drain_node(soak: Soak, rng: random.Random, kind: str) -> None:
     soak.nodes.drain(node, 600)
     soak.add_node()
     wait_left(soak, node, kind, lambda job: soak.is_busy(job) or job.kind not in DECORATED)
-    soak.nodes.remove(node)
+    remove(soak, node)
     wait_left(soak, node, "drained, then killed")
 
 
@@ -564,7 +573,7 @@ def starve_node(soak: Soak, rng: random.Random, kind: str) -> None:
     hoard.clear()
     soak.took[kind if hit else f"{kind}: of nobody"].append(time.monotonic() - began)
     take_away(soak, node, "node killed")
-    soak.nodes.remove(node)
+    remove(soak, node)
     wait_left(soak, node, f"{kind}: it goes on")
 
 
