@@ -309,22 +309,30 @@ def test_a_manager_that_cannot_start_any_more_is_not_started_for_ever(
     refs = [steps.remote(worker, 120, 0.1, trace) for worker in ("still", "works")]
     wait_until_heard("still")
     wait_until_heard("works")
-    forget_actor_classes()
-    os.kill(trace.notes("batch", "still")[-1]["pid"], signal.SIGSTOP)
-    os.kill(manager_pid(), signal.SIGKILL)
-    wait_until(lambda: ray._private.state.actors(first._actor_id.hex())["State"] == "DEAD")
+    with without_actor_classes():
+        os.kill(trace.notes("batch", "still")[-1]["pid"], signal.SIGSTOP)
+        os.kill(manager_pid(), signal.SIGKILL)
+        wait_until(lambda: ray._private.state.actors(first._actor_id.hex())["State"] == "DEAD")
     assert ray.get(refs, timeout=WAIT_S) == [expected(120)] * 2
     assert {note["attempt"] for note in trace.notes("batch", "still")} == {1, 2}
     assert {note["attempt"] for note in trace.notes("batch", "works")} == {1}
     assert faultguard.manager()._actor_id != first._actor_id
 
 
-def forget_actor_classes() -> None:
-    """Delete what Ray starts the actors of this job from, as it does when a job has ended."""
+@contextlib.contextmanager
+def without_actor_classes() -> Iterator[None]:
+    """For a while Ray lacks what it starts the actors of this job from, as it does for good when a job has ended."""
     private: Any = ray._private
     client, space = private.worker.global_worker.gcs_client, private.ray_constants.KV_NAMESPACE_FUNCTION_TABLE
-    for key in client.internal_kv_keys(b"ActorClass:" + ray.get_runtime_context().get_job_id().encode(), space):
+    keys = client.internal_kv_keys(b"ActorClass:" + ray.get_runtime_context().get_job_id().encode(), space)
+    classes = {key: client.internal_kv_get(key, space) for key in keys}
+    for key in classes:
         client.internal_kv_del(key, False, space)
+    try:
+        yield
+    finally:
+        for key, value in classes.items():
+            client.internal_kv_put(key, value, True, space)
 
 
 def test_a_worker_that_stops_before_its_manager_has_heard_it_is_replaced(start_run: StartRun, trace: Trace, ray_cluster: str) -> None:
