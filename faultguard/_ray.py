@@ -29,6 +29,7 @@ __all__ = [
     "draining_nodes",
     "function_and_options",
     "get_within",
+    "has_died",
     "identity",
     "is_actor_class",
     "is_alive",
@@ -194,6 +195,12 @@ def is_restarted() -> bool:
     actor_id = ray.get_runtime_context().get_actor_id()
     info = ray._private.state.actors(actor_id)  # noqa: SLF001 - the public name warns of itself
     return bool(info and info["NumRestarts"])
+
+
+def has_died(actor: Any) -> bool:
+    """Whether an actor is over, and not to be started again."""
+    info = ray._private.state.actors(actor._actor_id.hex())  # noqa: SLF001 - as above
+    return bool(info and info["State"] == "DEAD")
 
 
 def death_of(ray_worker: str) -> str:

@@ -118,7 +118,8 @@ def manager() -> ActorHandle[Any]:
     from faultguard._session import current_settings
 
     settings = current_settings()
-    forget(settings)  # the one that is known here may have died
+    if _ray.has_died(find_or_make(settings)):
+        forget(settings)
     return find_or_make(settings)
 
 
