@@ -20,6 +20,7 @@ import ray
 import faultguard
 from faultguard import _manager
 from faultguard._core.names import encode_name
+from faultguard._ray import has_died
 from tests.needs import require_a_look_at_parents
 from tests.tasks import (
     NOWAIT,
@@ -312,7 +313,7 @@ def test_a_manager_that_cannot_start_any_more_is_not_started_for_ever(
     with without_actor_classes():
         os.kill(trace.notes("batch", "still")[-1]["pid"], signal.SIGSTOP)
         os.kill(manager_pid(), signal.SIGKILL)
-        wait_until(lambda: ray._private.state.actors(first._actor_id.hex())["State"] == "DEAD")
+        wait_until(lambda: has_died(first))
     assert ray.get(refs, timeout=WAIT_S) == [expected(120)] * 2
     assert {note["attempt"] for note in trace.notes("batch", "still")} == {1, 2}
     assert {note["attempt"] for note in trace.notes("batch", "works")} == {1}
