@@ -54,7 +54,7 @@ class _Function:
         stored = {node.id for node in ast.walk(self.tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
         stored -= {name for node in ast.walk(self.tree) if isinstance(node, ast.Global) for name in node.names}
         module = inspect.getmodule(code)
-        held = {name for name, value in vars(module).items() if not (callable(value) or inspect.ismodule(value))} if module else set()
+        held = {name for name, value in list(vars(module).items()) if not (callable(value) or inspect.ismodule(value))} if module else set()
         self.of_module = held - stored - self.parameters
 
     @classmethod

@@ -355,7 +355,7 @@ def test_a_full_disk_is_told_and_left_clean(kind: str, small_disk: Path, monkeyp
     assert store.create("run/task/w0/000000002.json", b"x" * 20_000)
 
 
-FSYNCS = """
+RECORDED = """
 import json, os, sys
 from faultguard.errors import FaultguardError
 from faultguard.storage.local import LocalStore
@@ -365,7 +365,9 @@ def recorded(fd):
     calls.append(os.readlink(f"/proc/self/fd/{fd}"))
     fsync(fd)
 os.fsync = recorded
+"""
 
+FSYNCS = """
 def tell(call, *arguments):
     try:
         said = call(*arguments)
@@ -382,15 +384,6 @@ print(json.dumps([told, calls]))
 
 
 LISTED = """
-import json, os, sys
-from faultguard.storage.local import LocalStore
-
-calls, fsync = [], os.fsync
-def recorded(fd):
-    calls.append(os.readlink(f"/proc/self/fd/{fd}"))
-    fsync(fd)
-os.fsync = recorded
-
 def costs(store):
     del calls[:]
     return len(store.list("run/task/w0/")), calls.count(sys.argv[1] + "/run/task/w0")
@@ -412,7 +405,7 @@ def test_what_is_listed_is_durable_and_no_fsync_is_wasted_on_a_record_of_its_own
     """(keys, fsyncs): its own one; for another process; made anew by another one; beside one of another one."""
     root = tmp_path / "store"
     root.mkdir()
-    assert run(LISTED, str(root)) == [[1, 0], [1, 1], [1, 1], [2, 1]]
+    assert run(RECORDED + LISTED, str(root)) == [[1, 0], [1, 1], [1, 1], [2, 1]]
 
 
 def inject(root: Path, when: str, *, tmpfile: bool) -> tuple[list[Any], list[str]]:
@@ -420,7 +413,7 @@ def inject(root: Path, when: str, *, tmpfile: bool) -> tuple[list[Any], list[str
     shutil.rmtree(root, ignore_errors=True)
     root.mkdir()
     command = ("strace", "-f", "--seccomp-bpf", "-o", "/dev/null", "-e", "trace=fsync", "-e", f"inject=fsync:error=EIO:when={when}")
-    told, calls = run(FSYNCS, str(root), str(tmpfile), command=command)
+    told, calls = run(RECORDED + FSYNCS, str(root), str(tmpfile), command=command)
     return told, calls
 
 
