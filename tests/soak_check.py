@@ -79,11 +79,11 @@ class Fault:
         """What is there for all on a node explains an end before what meets one attempt, and that before what may meet any."""
         return not self.node, not self.attempt
 
-    def meets(self, claim: Record) -> bool:
-        """Whether it was there that it took place."""
+    def meets(self, claim: Record, home: str = "") -> bool:
+        """Whether it was there that it took place; `home`: the node where the task waits that runs on another one."""
         owner = claim.owner
         if self.node:
-            return owner.node_id == self.node
+            return self.node in {owner.node_id, home}
         if self.pid and self.pid == owner.pid and claim.saved_at < self.time + NOTE_S:  # later that is another process
             return True
         return self.worker == claim.worker_id and self.attempt in {0, claim.attempt}
@@ -144,7 +144,7 @@ def _unexplained(
 ) -> Iterator[str]:
     """Ends of attempts that nobody caused, and those that were charged and should not have been, or the other way round."""
     left = list(faults)
-    noted = NOTES | {"exception", "stall"} if kind in UNDECORATED else NOTES  # nobody waits for the store there
+    by_note = NOTES | {"exception", "stall"} if kind in UNDECORATED else NOTES  # nobody waits for the store there
     for claim, after in itertools.pairwise(claims):
         if claim.owner.writer == after.owner.writer and claim.attempt == after.attempt:
             continue  # tried twice: nothing ran under the first one
@@ -153,15 +153,15 @@ def _unexplained(
         failures = end.failures if end is not None else after.failures if charged else ()
         cause = failures[-1].cause if failures else after.predecessor  # of a crash the history knows more
         where = f"{worker} attempt {claim.attempt} (pid {claim.owner.pid})"
-        found = min((fault for fault in left if fault.meets(claim) and fault.explains(cause, sick, noted)), key=Fault.reach, default=None)
+        noted = [note for note in notes if (note.get("attempt"), note.get("token", 0) % TOKENS) == (claim.attempt, claim.number)]
+        home = next((note["home"] for note in noted if note["what"] == "begin"), "")
+        there = [fault for fault in left if fault.meets(claim, home)]
+        found = min((fault for fault in there if fault.explains(cause, sick, by_note)), key=Fault.reach, default=None)
         if found is None:
-            there = [fault.kind for fault in left if fault.meets(claim)]
-            yield f"{where} ended by {cause!r}, which nobody caused; what took place there: {there}"
+            yield f"{where} ended by {cause!r}, which nobody caused; what took place there: {[fault.kind for fault in there]}"
         else:
             left.remove(found)
-        begun = sum(
-            note["what"] == "batch" and (note["attempt"], note["token"] % TOKENS) == (claim.attempt, claim.number) for note in notes
-        )
+        begun = sum(note["what"] == "batch" for note in noted)
         if end is not None and after.charged:
             yield f"{where} was the last of its budget, and the next one begins with {after.charged} charged"
         if charged not in {0, 1} or (charged and (cause == "cancelled" or (cause in EXCUSED and begun > NO_PROGRESS))):

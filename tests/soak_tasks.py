@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 import faultguard
+from faultguard._session import context
 from tests.nodes import WORK
 from tests.soak_check import BOUNDED, BUDGET, UNDECORATED
 from tests.tasks import NOWAIT, Trace, hang, hold_the_interpreter, result
@@ -111,9 +112,10 @@ def middles(ckpt: faultguard.Checkpoint, job: Job) -> Iterator[None]:
     There the state is half updated, and an order is obeyed.
     """
     sicken_the_store(job.sickness)
-    context = ray.get_runtime_context()
+    here, task = ray.get_runtime_context().get_node_id(), context()
+    home = task.identity.home_id if task and task.identity else ""
     who: dict[str, Any] = {"attempt": ckpt.attempt, "token": ckpt.token}
-    job.trace.note("begin", job.worker_id, node=context.get_node_id(), **who)
+    job.trace.note("begin", job.worker_id, node=here, home=home, **who)
     try:
         for drawn, batch in enumerate(KINDS[job.kind].loop(ckpt, job)):
             job.trace.note("batch", job.worker_id, batch=batch, **who, **KINDS[job.kind].durable(ckpt))

@@ -117,6 +117,15 @@ def test_what_meets_all_on_a_node_explains_first() -> None:
     assert problems(notes(0, 3, 3), records, Fault("driver frozen", "w1"), Fault("node killed", node=NODE)) == []
 
 
+def test_what_takes_place_where_the_task_waits_meets_its_attempt_elsewhere() -> None:
+    """That one leaves with the node on which its result is awaited; no other does."""
+    began = {"what": "begin", "attempt": 1, "token": 1, "node": NODE, "home": "cd"}
+    drained = Fault("node drained", node="cd")
+    assert problems([began, *notes(0, 3)], log("drained", charged=0), drained) == []
+    assert len(problems([{**began, "home": ""}, *notes(0, 3)], log("drained", charged=0), drained)) == 1
+    assert len(problems([{**began, "attempt": 2, "token": 3}, *notes(0, 3)], log("drained", charged=0), drained)) == 1
+
+
 def test_a_note_that_the_store_did_not_take_is_a_crash() -> None:
     """An end that is excused is charged then, as is documented; not where the store was well."""
     told = Fault("SIGTERM", "w1", 1, 101, time=100.0)
