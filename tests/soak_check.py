@@ -158,7 +158,7 @@ def _unexplained(
         there = [fault for fault in left if fault.meets(claim, home)]
         found = min((fault for fault in there if fault.explains(cause, sick, by_note)), key=Fault.reach, default=None)
         if found is None:
-            yield f"{where} ended by {cause!r}, which nobody caused; what took place there: {[fault.kind for fault in there]}"
+            yield f"{where} ended by {cause!r}, which nobody caused; what took place there: {sorted({fault.kind for fault in there})}"
         else:
             left.remove(found)
         begun = sum(note["what"] == "batch" for note in noted)
