@@ -326,10 +326,12 @@ def _raising(error: BaseException) -> type[BaseException]:
     return type("RaisedThereError", (type(error),), {"__new__": give})
 
 
-def _set_async(thread: int | None, error: type[BaseException] | None) -> bool:
-    """Set, or with None take back, an exception that arrives in a thread when it runs Python again."""
-    target = ctypes.c_ulong(thread or 0)
-    found: int = ctypes.pythonapi.PyThreadState_SetAsyncExc(target, ctypes.py_object(error) if error is not None else None)
+_set_exc = ctypes.pythonapi.PyThreadState_SetAsyncExc
+
+
+def _set_async(thread: int | None, error: type[BaseException]) -> bool:
+    """Set an exception that arrives in a thread when it runs Python again."""
+    found: int = _set_exc(ctypes.c_ulong(thread or 0), ctypes.py_object(error))
     return found == 1
 
 
@@ -341,11 +343,20 @@ def _take_back(thread: int | None) -> None:
     """Take back an exception that has not arrived.
 
     Up to Python 3.12 the interpreter goes on looking for it until one arrives somewhere: every thread at each of its steps, and one
-    that is traced, by a debugger or for coverage, does nothing else any more (3.11). So one arrives here.
+    that is traced, by a debugger or for coverage, does nothing else any more (3.11). So one arrives here, and no function of Python
+    is called until it has: it would be traced.
     """
-    _set_async(thread, None)
-    with contextlib.suppress(_Nothing):
-        _set_async(threading.get_ident(), _Nothing)
+    theirs, mine = ctypes.c_ulong(thread or 0), ctypes.c_ulong(threading.get_ident())
+    nothing = ctypes.py_object(_Nothing)
+    try:
+        _set_exc(theirs, None)
+        _set_exc(mine, nothing)
         for _ in range(ARRIVES_STEPS):
             pass
-        _set_async(threading.get_ident(), None)  # it should have
+        _set_exc(mine, None)  # it should have
+    except _Nothing:
+        pass
+    except BaseException:  # a signal came first
+        _set_exc(theirs, None)
+        _set_exc(mine, None)
+        raise

@@ -663,7 +663,7 @@ def start(server: type, **options: Any) -> Any:
     return cast("Any", ray.remote(server)).options(num_cpus=0.5, **options).remote()
 
 
-TRACED = """
+TRACED_LATER = """
 import os, sys, threading
 from faultguard._core.schedule import Schedule
 from faultguard._stall import StallGuard
@@ -690,10 +690,39 @@ print("came back", flush=True)
 os._exit(0)
 """
 
+TRACED_MEANWHILE = """
+import os, sys, threading
+from faultguard._core.schedule import Schedule
+from faultguard._stall import StallGuard
 
-def test_after_a_stall_that_was_taken_back_the_process_can_be_traced() -> None:
+guard, entered = StallGuard(Schedule("auto", 0.0), lambda: "batch"), threading.Event()
+
+def watch():
+    entered.wait(10)
+    while not guard.strike(guard.look()[0], ValueError()):
+        pass
+
+def trace(*_):
+    return trace
+
+threading.Thread(target=watch, daemon=True).start()
+sys.settrace(trace)
+try:
+    guard.enter()
+    entered.set()
+    while True:
+        pass
+except ValueError:
+    guard.leave()
+print("came back", flush=True)
+os._exit(0)
+"""
+
+
+@pytest.mark.parametrize("script", [TRACED_LATER, TRACED_MEANWHILE], ids=["later", "meanwhile"])
+def test_who_is_traced_goes_on_after_a_stall_that_was_taken_back(script: str) -> None:
     """By a debugger, for coverage, or by `check_resumable`: Python 3.11 would look for the lost exception for ever."""
-    done = subprocess.run([sys.executable, "-c", TRACED], cwd=REPOSITORY, capture_output=True, text=True, timeout=TRACED_S, check=False)
+    done = subprocess.run([sys.executable, "-c", script], cwd=REPOSITORY, capture_output=True, text=True, timeout=TRACED_S, check=False)
     assert done.stdout == "came back\n", done.stderr
 
 
