@@ -739,13 +739,13 @@ class _Task:
         if self._elsewhere is None or not failed_on(self._identity.node_id, (*held.failures, failure)) or not self._elsewhere.is_there():
             return False
         self._moves = _Moves(held.owner.local_retry + 1)
-        self._open.give_up(Ended(failure.cause, charged=True), failure, patient=True)
+        self._open.give_up(Ended(failure.cause, charged=True), failure, self._settings.store_patience)
         self._open.close("recovered")
         return True
 
     def _leave_to_ray(self, failure: FailureRecord, why: str) -> NoReturn:
         """No further attempt in this process: let Ray start another one, and bring the arguments as first passed."""
-        self._open.give_up(Ended(failure.cause, charged=True), failure, patient=True)
+        self._open.give_up(Ended(failure.cause, charged=True), failure, self._settings.store_patience)
         self._open.close("recovered")
         say_leaves(self._open.handle, failure, why)
         leave_process()

@@ -218,19 +218,15 @@ class Journal:
         self._insist(lambda: self._last(self.log.run(rules.retry_record(self.held, snapshot, failure, time.time()))))
         self.raise_if_superseded()
 
-    def leave(self, ended: Ended, failure: FailureRecord | None = None, *, patient: bool = False) -> None:
-        """Note in the log, with the newest snapshot, that the attempt leaves, and why. `patient`: its successor is to find the note."""
+    def leave(self, ended: Ended, failure: FailureRecord | None = None, patience_s: float = 0.0) -> None:
+        """Note in the log, with the newest snapshot, that the attempt leaves, and why; a store that fails is waited for that long."""
 
         def note() -> None:
             if not self._closed:  # else it was cut between its last record and its end: there is nothing left to say
                 self._last(self._save(self.newest, ended=ended, failure=failure))
                 self.raise_if_superseded()
 
-        if patient:
-            self._insist(note)
-        else:
-            with self._lock:
-                note()
+        self._insist(note, patience_s)
 
     def end(self, outcome: Outcome, snapshot: Snapshot | None, failure: FailureRecord | None = None) -> None:
         """Record the outcome, with the state that belongs to it."""
@@ -242,11 +238,11 @@ class Journal:
         saved: bool = self.log.run(rules.save(self.held, snapshot, time.time(), **what))
         return saved
 
-    def _insist(self, ask: Callable[[], None]) -> None:
+    def _insist(self, ask: Callable[[], None], patience_s: float | None = None) -> None:
         """Do, on the thread of the loop, what that cannot do without. Under the lock: a retry that the writer settles would count twice."""
         with self._lock:
             try:
-                insist(ask, self._patience_s, lambda error: self._trouble(error, time.monotonic()))
+                insist(ask, self._patience_s if patience_s is None else patience_s, lambda error: self._trouble(error, time.monotonic()))
             finally:  # whatever came of it, the next trouble is a new one
                 self._failing_since = self._error = None
 

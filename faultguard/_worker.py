@@ -28,6 +28,7 @@ __all__ = ["OpenWorker", "failure_of", "held_here", "is_of_the_batch", "leave_pr
 MAX_MESSAGE = 1000
 FIRST_BEAT_WAIT_S = 10.0  # where a manager has to be made first; else it takes milliseconds
 LAST_WORDS_S = 30.0  # for the record of a process that is ended because it hangs; after that its successor calls it a crash
+STALL_PATIENCE_S = 20.0  # of these for a store that fails
 
 held_here: dict[str, OpenWorker | None] = {}  # writers of the workers that this process holds; None: not open yet, or any more
 
@@ -192,9 +193,9 @@ class OpenWorker:
             os._exit(1)
 
     def _note_stall(self, failure: FailureRecord, text: str, seen: str) -> None:
-        try:
-            self.give_up(Ended("stall", charged=True), failure)
-        finally:  # whatever the store says: the next attempt finds out
+        try:  # no successor can begin without the store, so nothing is lost by waiting for it
+            self._note(Ended("stall", charged=True), failure, min(self.settings.store_patience, STALL_PATIENCE_S))
+        finally:  # also where that is not what a note can fail with
             fields = {**self.handle.fields(), "stacks": seen}
             _events.emit(logging.WARNING, "faultguard.stall_exit", f"{text}; its process is ended.\n{first_stack(seen)}", **fields)
             _flush()
@@ -218,17 +219,21 @@ class OpenWorker:
 
     def leave(self, ended: Ended, failure: FailureRecord | None = None) -> None:
         """Flush the newest snapshot with a note, and give the worker up. What it leaves with goes on, whatever the store says."""
+        self._note(ended, failure)
+        self.close("cancelled" if ended.cause == "cancelled" else "recovered")
+
+    def _note(self, ended: Ended, failure: FailureRecord | None, patience_s: float = 0.0) -> None:
+        """`give_up`, for one who leaves in any case: the next attempt finds out what could not be noted."""
         try:
-            self.give_up(ended, failure)
+            self.give_up(ended, failure, patience_s)
         except Exception as trouble:  # noqa: BLE001 - it must not take the place of a cancel, or of the user's own exception
             text = f"'{self.handle.task}/{self.handle.worker_id}' could not note why it leaves: {trouble}"
             _events.emit(logging.ERROR, "faultguard.leave_failed", text, **self.handle.fields())
-        self.close("cancelled" if ended.cause == "cancelled" else "recovered")
 
-    def give_up(self, ended: Ended, failure: FailureRecord | None, *, patient: bool = False) -> None:
+    def give_up(self, ended: Ended, failure: FailureRecord | None, patience_s: float = 0.0) -> None:
         """Flush the newest snapshot with a note; and say what that quarantines."""
         before = self.journal.held.quarantined
-        self.journal.leave(ended, failure, patient=patient)
+        self.journal.leave(ended, failure, patience_s)
         say_quarantined(self.handle, self.journal.held, before)
 
     def close(self, status: str) -> None:

@@ -242,7 +242,7 @@ def test_a_record_that_the_worker_needs_is_insisted_on(
     writes: dict[str, Callable[[], object]] = {
         "retry": attempt.fail,
         "end": attempt.complete,
-        "leave": lambda: attempt.journal.leave(Ended("exception", charged=True), FailureRecord("exception", 1, 2), patient=True),
+        "leave": lambda: attempt.journal.leave(Ended("exception", charged=True), FailureRecord("exception", 1, 2), 60.0),
         "pin": lambda: attempt.journal.pin(attempt.ckpt._snapshot()[0], (Spot("batches", 0, 2),)),
         "wait": lambda: attempt.ckpt.save(wait=True),
         "check": attempt.ckpt.check,

@@ -31,8 +31,9 @@ pytestmark = pytest.mark.ray
 WAIT_S = 90
 N = 40
 INTERVAL_S = 0.2
-MOMENTS = ("loop", "wait", "claim", "retry", "end")
+MOMENTS = ("loop", "wait", "claim", "retry", "stall", "end")
 BATCH_S = {"loop": 0.01, "long-loop": 0.1}
+STALL_S = 0.5
 PATIENCE_S = 1.0
 KEPT = 3  # saves
 HOME, PAIR = "home", "pair"  # resources: of the first node, of two others
@@ -57,6 +58,9 @@ def steps(worker_id: str, trace: Trace, moment: str = "loop") -> Any:
                 os.kill(os.getpid(), signal.SIGKILL)
             if moment == "retry":
                 raise ValueError("planned")
+            if moment == "stall":
+                with ckpt.section("hangs in C", timeout=STALL_S):
+                    os.read(os.pipe()[0], 1)
             continue
         if batch > N // 2 and moment == "wait":
             ckpt.advance(wait=True)
@@ -148,7 +152,7 @@ def test_a_store_that_comes_back(troubled: faultguard.Run, trace: Trace, fault: 
         assert not ray.wait([ref], timeout=0)[0]
     assert ray.get(ref, timeout=WAIT_S) == expected(N)
     end = records(troubled, "steps", worker)[-1]
-    causes = {"claim": ["crash"], "retry": ["exception"]}.get(moment, [])
+    causes = {"claim": ["crash"], "retry": ["exception"], "stall": ["stall"]}.get(moment, [])
     assert [failure.cause for failure in end.failures] == causes
     assert end.charged == len(causes)
     begins = trace.begins(worker)
