@@ -27,11 +27,15 @@ POLL_S = 0.005
 
 @dataclass(frozen=True, slots=True)
 class Silent:
-    """A worker that nothing is heard of, the process that held it, and since when earlier probes saw it as it is."""
+    """A worker that nothing is heard of, the process that held it, and since when earlier probes saw it as it is.
+
+    `marked`: its process has been seen to say so in its file. Where there is none any more, it holds nobody.
+    """
 
     worker: Held
     process: ProcessId
     stood: Look | None = None
+    marked: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +92,10 @@ def _decide(silent: Silent, first: Look, timeout_s: float) -> Answer:
     second = _look(silent.process)
     known, seen = silent.stood, (second.mark, second.stopped)
     stood = known if known is not None and (known.mark, known.stopped) == seen == (first.mark, first.stopped) else first
-    verdict = _carry_out(silent, judge(silent.worker, stood, second, timeout_s), second)
+    verdict = judge(silent.worker, stood, second, timeout_s)
+    if verdict is Verdict.UNKNOWN and second.exists and silent.marked:
+        verdict = Verdict.GONE
+    verdict = _carry_out(silent, verdict, second)
     return Answer(verdict, stood if stood.stopped == second.stopped else None)
 
 

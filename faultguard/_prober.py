@@ -106,7 +106,7 @@ class Prober:
             if now >= known.again_at and not known.over and beat["node_id"] not in self._flights:
                 by_node.setdefault(beat["node_id"], []).append(beat)
         for node_id, beats in by_node.items():
-            asked = [Silent(_held(beat), _process(beat), self._known[_held(beat)].stood) for beat in beats]
+            asked = [Silent(_held(beat), _process(beat), self._known[_held(beat)].stood, beat.get("marked", False)) for beat in beats]
             ref = _ray.run_on_node(probe, node_id, asked, self._timeout_s)
             self._flights[node_id] = _Flight(ref, beats, now + self._timeout_s, now + max(self._timeout_s, LOST_S))
         return found
@@ -176,4 +176,5 @@ def _adopted(node_id: str, process: ProcessId, held: Held) -> Mapping[str, Any]:
         "pid": process.pid,
         "start_time": process.start_time,
         "current_batch": None,
+        "marked": True,
     }

@@ -188,6 +188,15 @@ def test_another_worker_by_now(children: list[Child], tmp_path: Path) -> None:
     assert child.popen.poll() is None
 
 
+def test_a_process_that_has_said_so_and_says_nothing_more_holds_nobody(children: list[Child], tmp_path: Path) -> None:
+    """Of one whose file nobody has seen nothing is known: it may not be able to write one."""
+    child = start(children, tmp_path)
+    (tmp_path / "faultguard" / f"{child.process.pid}-{child.process.start_time}.json").unlink()
+    assert ask(child.asked()) is Verdict.UNKNOWN
+    assert ask(Silent(MINE, child.process, marked=True)) is Verdict.GONE
+    assert child.lives()
+
+
 def test_another_process_by_now(children: list[Child], tmp_path: Path) -> None:
     """A pid is used again; a start time is not. Nor is anything known about another host."""
     child = start(children, tmp_path)

@@ -29,8 +29,8 @@ class PlayedRay:
         monkeypatch.setattr(_ray, "is_alive", lambda _: self.alive)
         monkeypatch.setattr(_ray, "cancel", self._cancel)
 
-    def _run(self, *_: Any) -> int:
-        self.started += 1
+    def _run(self, *asked: Any) -> int:
+        self.started, self.asked = self.started + 1, asked
         return self.started
 
     def _cancel(self, _: Any) -> None:
@@ -165,3 +165,14 @@ def test_a_node_is_asked_once_at_a_time_and_every_answer_counts(played: PlayedRa
     played.alive = False
     assert prober.surveyed() == prober.surveyed() == []
     assert played.started == 3
+
+
+def test_whom_a_node_has_named_has_marked_a_file(played: PlayedRay, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that its end is seen, too, whose final beat went to the manager before; of others the probe does not know that."""
+    monkeypatch.setattr(_ray, "alive_nodes", lambda: ["n"])
+    prober = Prober(TIMEOUT_S)
+    prober.survey("r")
+    prober.surveyed()
+    played.says([(ProcessId("b", 1, 2), Held("t", "adopted", 7, "r", 1))])
+    prober.step([BEAT, *prober.surveyed()], 0.0)
+    assert [(each.worker.worker_id, each.marked) for each in played.asked[2]] == [("w", False), ("adopted", True)]
