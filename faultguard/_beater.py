@@ -162,7 +162,7 @@ class _Line:
         self._due = time.monotonic() + self._interval_s
         try:
             more = {"interval_s": self._interval_s}
-            said = [(client, {**beat, **more, "again": client.beaten}) for client in clients if (beat := _beat(client)) is not None]
+            said = [(client, {**beat, **more}) for client in clients if (beat := _beat(client)) is not None]
             beats, self._beaten = [beat for _, beat in said], [client for client, _ in said]
             if beats:
                 self._ref = find_or_make(self._settings, RESOLVE_S).beat.remote(beats)

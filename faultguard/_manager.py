@@ -81,9 +81,9 @@ class RecoveryManagerActor:
         self._monitor: _Ticker | None = None
         self._prober = Prober(self._settings.heartbeat_timeout)
         self._watched = time.monotonic()  # when it last looked: it may be frozen before its first look, too
-        self._is_new = True
-        self._has_asked = False  # the nodes, whom they hold
+        self._follows = False  # another manager of this name, or another process of this one, which has heard who does not beat any more
         if name:
+            self._follows = _ray.kv_note(f"manager:{name}")
             period_s = min(self._settings.heartbeat_interval, JOB_CHECK_S)
             for worker_id, number in cancels_of(self._settings).items():
                 self._live.cancel(number, worker_id)
@@ -296,11 +296,9 @@ class RecoveryManagerActor:
 
     def _survey_if_absent(self, now: float) -> None:
         """Ask the nodes whom they hold, if beats can have been lost here: who has stood still since then will not send another one."""
-        absent = now - self._watched > self._settings.heartbeat_timeout / 2 or (self._is_new and _ray.is_restarted())
-        if absent or (self._live.follows and not self._has_asked):
+        if self._follows or now - self._watched > self._settings.heartbeat_timeout / 2:
             self._prober.survey(self._settings.run)
-            self._has_asked = True
-        self._watched, self._is_new = now, False
+        self._watched, self._follows = now, False
 
     def _watch(self, period_s: float) -> None:
         """One look of a shared manager."""

@@ -39,9 +39,9 @@ __all__ = [
     "is_ready",
     "is_ref",
     "is_remote_function",
-    "is_restarted",
     "job_is_over",
     "kv_get",
+    "kv_note",
     "kv_put",
     "needs_of_task",
     "node_id",
@@ -164,6 +164,13 @@ def kv_put(key: str, value: bytes) -> None:
     _internal_kv_put(key.encode(), value, overwrite=True, namespace=_KV_NAMESPACE)
 
 
+def kv_note(key: str) -> bool:
+    """Leave a note in the cluster: whether it was there before."""
+    from ray.experimental.internal_kv import _internal_kv_put
+
+    return bool(_internal_kv_put(key.encode(), b"noted", overwrite=False, namespace=_KV_NAMESPACE))
+
+
 def kv_get(key: str, wait_s: float | None = None) -> bytes | None:
     """A value from the cluster's key-value store. `wait_s`: how long that may take; None: as long as Ray waits for its head."""
     from ray.experimental.internal_kv import internal_kv_get_gcs_client
@@ -188,13 +195,6 @@ def alive_nodes() -> list[str]:
     """Ids of the nodes that Ray takes for alive."""
     nodes: Any = ray.nodes  # type: ignore[attr-defined, unused-ignore] # Ray left it unannotated
     return [node["NodeID"] for node in nodes() if node["Alive"]]
-
-
-def is_restarted() -> bool:
-    """Whether the actor of this process took the place of an earlier process of its."""
-    actor_id = ray.get_runtime_context().get_actor_id()
-    info = ray._private.state.actors(actor_id)  # noqa: SLF001 - the public name warns of itself
-    return bool(info and info["NumRestarts"])
 
 
 def has_died(actor: Any) -> bool:

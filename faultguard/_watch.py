@@ -73,7 +73,6 @@ class LiveView:
     def __init__(self, heartbeat_timeout_s: float, now: float, interval_s: float = 0.0) -> None:
         self.interval_s = interval_s  # that they are told now
         self._asked_s = interval_s
-        self.follows = False  # somebody who was not heard here has beaten before: there was another view
         self._timeout_s = heartbeat_timeout_s
         self._lock = threading.Lock()
         self._clock = AwakeClock()
@@ -101,7 +100,6 @@ class LiveView:
             return "superseded"
         if known is not None and known.final and said["token"] == known.said["token"]:
             return "ended"  # sent before the final beat, and overtaken by it
-        self.follows |= known is None and bool(said.get("again"))
         self._workers[key] = _Live(said, self._clock.read(now), wall, told_s=max(self.interval_s, said.get("interval_s", 0.0)))
         if self._is_cancelled(said):
             return "cancelled"

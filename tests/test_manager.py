@@ -140,16 +140,6 @@ def test_silent_worker_is_told_once_and_cleared_by_a_beat() -> None:
     assert not any(live["silent"] for live in view.workers(20.0))
 
 
-def test_who_has_beaten_before_says_that_there_was_another_view() -> None:
-    """Not at its next beat here; nobody says so who begins."""
-    view = LiveView(10.0, 0.0)
-    view.beat([beat("new", again=False)], 1.0, 0.0)
-    view.beat([beat("new", again=True)], 2.0, 0.0)
-    assert not view.follows
-    view.beat([beat("old", again=True)], 3.0, 0.0)
-    assert view.follows
-
-
 def test_silence_is_told_with_everything_known(caplog: pytest.LogCaptureFixture) -> None:
     """The warning says which attempt is silent, where it runs, and how far it was."""
     view = LiveView(10.0, 0.0)

@@ -154,13 +154,23 @@ def test_a_holder_that_beats_is_not_replaced(start_run: StartRun, trace: Trace) 
     assert {note["attempt"] for note in trace.notes("batch")} == {1}
 
 
-def test_a_holder_whose_beats_are_lost_is_not_replaced(start_run: StartRun, trace: Trace) -> None:
-    """That nothing is heard of it is not enough: somebody looks on its node first, and sees that it lives."""
+@pytest.mark.parametrize("manager", ["lives", "is another one"])
+def test_a_holder_whose_beats_are_lost_is_not_replaced(manager: str, start_run: StartRun, trace: Trace) -> None:
+    """That nothing is heard of it is not enough: somebody looks on its node first, and sees that it lives.
+
+    Also if nobody who hears it is left: a manager that takes the place of another one asks the nodes whom they hold.
+    """
     start_run(heartbeat_interval=INTERVAL_S, heartbeat_timeout=TIMEOUT_S)
     holder = hold.options(name="both").remote("w", trace, False, True)
     wait_until(lambda: trace.notes("batch"))
     wait_until_heard("w")
     trace.note("heard", "w")
+    if manager == "is another one":
+        first = faultguard.manager()
+        ray.kill(first, no_restart=True)
+        wait_until(lambda: has_died(first))
+        faultguard.manager()
+        time.sleep(2 * TIMEOUT_S)  # it has listened for long enough to call silent whom it does not hear
     with pytest.raises(faultguard.DuplicateWorkerError, match="is held by another live task"):
         ray.get(asks_from_afar.options(name="both").remote("w", trace), timeout=WAIT_S)
     trace.note("enough", "w")
