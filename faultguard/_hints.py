@@ -6,15 +6,17 @@ Asked only when a task was seen to resume wrong: these are guesses at why, not r
 from __future__ import annotations
 
 import ast
+import collections
+import dis
 import inspect
 import itertools
 import os
 import textwrap
+from types import CodeType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
-    from types import CodeType
 
 __all__ = ["footguns", "swallowers"]
 
@@ -24,6 +26,8 @@ _GENERATORS = {"default_rng", "Random", "RandomState", "manual_seed", "seed", "P
 _SHUFFLES = {"shuffle", "sample", "permutation", "permuted", "choices", "randperm"}
 _MUTATORS = {"append", "extend", "insert", "pop", "remove", "clear", "sort", "reverse", "add", "discard", "update", "setdefault", "popitem"}
 _MUTATORS |= {"appendleft", "popleft", "write", "put", "popright", "extendleft", "subtract"}
+_CONTAINERS = (list, dict, set, bytearray, collections.deque)  # whose methods of these names are known to change them
+_CHANGED_IN_PLACE = (ast.List, ast.Dict, ast.Set, ast.ListComp, ast.DictComp, ast.SetComp, ast.Call)
 _LOOPS = (ast.For, ast.AsyncFor, ast.While)
 
 
@@ -51,11 +55,15 @@ class _Function:
         self.loops = [node for node in ast.walk(self.tree) if isinstance(node, _LOOPS) and _is_checkpointed(node)]
         arguments = self.definition.args if isinstance(self.definition, (ast.FunctionDef, ast.Lambda)) else None
         self.parameters = {a.arg for a in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)} if arguments else set()
-        stored = {node.id for node in ast.walk(self.tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
-        stored -= {name for node in ast.walk(self.tree) if isinstance(node, ast.Global) for name in node.names}
-        module = inspect.getmodule(code)
-        held = {name for name, value in list(vars(module).items()) if not (callable(value) or inspect.ismodule(value))} if module else set()
-        self.of_module = held - stored - self.parameters
+        self.aliases = {
+            target.id
+            for node in ast.walk(self.tree)
+            if isinstance(node, ast.Assign) and isinstance(node.value, ast.Attribute) and node.value.attr == "state"
+            for target in node.targets
+            if isinstance(target, ast.Name)
+        }
+        module = vars(inspect.getmodule(code) or self)
+        self.of_module = {name: type(module[name]) for name in _global_names(code) if name in module}
 
     @classmethod
     def of(cls, code: CodeType) -> _Function | None:
@@ -174,27 +182,32 @@ class _Function:
                 )
 
     def copies(self) -> Iterator[str]:
-        """A copy of something in the state that the loop changes, and does not write back."""
+        """A copy of something in the state that the loop changes, and does not write back; a list is none, and changed by `+=`."""
         copied = {
-            target.id: place
+            target.id: (place, _default(node.value))
             for node in self._before()
             if isinstance(node, (ast.Assign, ast.AnnAssign)) and (place := _in_state(node.value)) is not None
             for target in _targets(node)
             if isinstance(target, ast.Name)
         }
         for node, name in self._changed():
-            if name in copied and _rebinds(node) and not self._is_written_back(name):
+            if name not in copied or not _rebinds(node) or self._is_written_back(name):
+                continue
+            place, default = copied[name]
+            in_place = isinstance(node, ast.AugAssign) and not isinstance(default, ast.Constant)
+            if not (in_place and isinstance(default, _CHANGED_IN_PLACE)):
                 yield self._at(
                     node,
-                    f"`{ast.unparse(node)}` changes a copy of what is in the state, and the loop does not write it back. Write "
-                    f"`{copied[name]} = {name}` in it, after that",
+                    f"`{ast.unparse(node)}` changes a copy of what is in the state{' (unless that is a list, or an array)' * in_place}, "
+                    f"and the loop does not write it back. Write `{place} = {name}` in it, after that",
                 )
 
     def globals(self) -> Iterator[str]:
         """Something of the module that the loop changes."""
         told = set()
         for node, name in self._changed():
-            if name in self.of_module and name not in told:
+            kind = self.of_module.get(name)
+            if kind is not None and name not in told and (not isinstance(node, ast.Call) or issubclass(kind, _CONTAINERS)):
                 told.add(name)
                 yield self._at(
                     node,
@@ -271,7 +284,7 @@ class _Function:
         """Whether a loop puts a variable into the state."""
         return any(
             isinstance(node, (ast.Assign, ast.AugAssign, ast.Call))
-            and any(isinstance(part, ast.expr) and _is_state(part) for part in ast.walk(node))
+            and any(isinstance(part, ast.expr) and (_is_state(part) or _base(part) in self.aliases) for part in ast.walk(node))
             and any(isinstance(part, ast.Name) and part.id == name and isinstance(part.ctx, ast.Load) for part in ast.walk(node))
             for loop in self.loops
             for node in ast.walk(loop)
@@ -289,6 +302,24 @@ class _Function:
                 if isinstance(node.value, ast.Call) and _name(node.value.func) in {"current", "checkpointed"}:
                     return True
         return False
+
+
+def _global_names(code: CodeType) -> set[str]:
+    """What a function, and those in it, look up in their module."""
+    names = {step.argval for step in dis.get_instructions(code) if step.opname in {"LOAD_GLOBAL", "STORE_GLOBAL"}}
+    return names.union(*(_global_names(inner) for inner in code.co_consts if isinstance(inner, CodeType)))
+
+
+def _base(target: ast.expr) -> str:
+    """The variable in `a[...][...]`; empty: there is none."""
+    while isinstance(target, ast.Subscript):
+        target = target.value
+    return target.id if isinstance(target, ast.Name) else ""
+
+
+def _default(value: ast.expr | None) -> ast.expr | None:
+    """What `ckpt.state.get("n", 0)` gives where there is nothing."""
+    return value.args[1] if isinstance(value, ast.Call) and len(value.args) > 1 else None
 
 
 def _name(function: ast.expr) -> str:
@@ -362,7 +393,7 @@ def _setdefault(target: ast.expr, value: ast.expr | None) -> str:
 
 def _changes(node: ast.AST) -> str | None:
     """The variable that a node of a loop changes and does not make."""
-    target: ast.AST | None = None
+    target: ast.expr | None = None
     if isinstance(node, ast.AugAssign):
         target = node.target
     elif isinstance(node, ast.Assign):
@@ -372,9 +403,7 @@ def _changes(node: ast.AST) -> str | None:
         target = next((t for t in node.targets if isinstance(t, ast.Subscript)), None)
     elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in _MUTATORS:
         target = node.func.value
-    while isinstance(target, ast.Subscript):
-        target = target.value
-    return target.id if isinstance(target, ast.Name) else None
+    return (_base(target) or None) if target is not None else None
 
 
 def _leading_to(node: ast.AST, loop: ast.AST) -> Iterator[ast.stmt]:

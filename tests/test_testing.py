@@ -432,6 +432,70 @@ def test_its_twin_passes(twin: Callable[..., Any], args: tuple[Any, ...], way: s
     assert report.kills > 3 * report.batches > 0
 
 
+class Lazy:
+    """As settings that are read when they are first looked at: even its class is not known before."""
+
+    @property
+    def __class__(self) -> type:  # type: ignore[override]
+        raise RuntimeError("not configured")
+
+
+class Bar:
+    """Of progress."""
+
+    def update(self, by: int) -> None:
+        """Nothing that counts."""
+
+
+LAZY = Lazy()
+BAR = Bar()
+
+
+def wrong_in_one_place(items: list[int]) -> Any:
+    """Much that looks like a trap beside the one that it has."""
+    ckpt = current()
+    state = ckpt.state
+    rows = ckpt.state.setdefault("rows", [])
+    total = ckpt.state.get("total", 0)
+    lost = 0
+
+    def collect(SEEN: list[int]) -> None:  # noqa: N803 - the name of something of the module
+        SEEN.append(1)
+
+    for item in ckpt.batches(items):
+        rows += [item]
+        total += item
+        state["total"] = total
+        BAR.update(1)
+        collect([])
+        lost += item
+    return rows, total, lost, id(LAZY)
+
+
+def test_what_is_right_is_not_blamed() -> None:
+    """A list that is changed in place, what is written back by another name, a bar of progress, a parameter with a name of the module."""
+    with pytest.raises(ResumabilityError) as raised:
+        check_resumable(wrong_in_one_place, NUMBERS, other_process=False)
+    (told,) = raised.value.footguns
+    assert "`lost` lives outside of the state" in told
+
+
+def maybe_copied(items: list[int]) -> Any:
+    """Whether it is a copy depends on what it is."""
+    ckpt = current()
+    ckpt.state.setdefault("total", 0)
+    total = ckpt.state["total"]
+    for item in ckpt.batches(items):
+        total += item
+    return total
+
+
+def test_a_copy_that_may_be_none_is_told_as_that() -> None:
+    """Of a list, or an array, it would be none."""
+    with pytest.raises(ResumabilityError, match=re.escape("a copy of what is in the state (unless that is a list, or an array), and")):
+        check_resumable(maybe_copied, NUMBERS, other_process=False)
+
+
 def test_ray_is_not_started() -> None:
     """Nothing needs a cluster."""
     check_resumable(recoverable(ray.remote(a_total_twin)), NUMBERS)
