@@ -2,7 +2,7 @@
 
 The order is the whole point::
 
-    parents durable -> write a file without a name -> fsync it -> link (fails if the name exists) -> fsync the directory
+    write a file without a name -> fsync it -> parents durable -> link (fails if the name exists) -> fsync the directory
 
 * A name appears only after its content is durable, so that no reader, and no crash, ever sees half a record.
 * A record appears only after every directory above it is durable, so that one fsync of its own directory makes it safe.
