@@ -38,7 +38,7 @@ import faultguard
 from faultguard._core.names import record_number
 from faultguard._core.records import decode_record
 from tests.nodes import Nodes, alive, some_nodes
-from tests.soak_check import BOUNDED, BUDGET, ENDS, KILLED_BY_US, Fault, problems_of
+from tests.soak_check import BOUNDED, BUDGET, ENDS, KILLED_BY_US, Fault, newest_of, problems_of
 from tests.soak_tasks import (
     ACTORS,
     DECORATED,
@@ -224,9 +224,8 @@ class Soak:
         return any((Path(self.nodes.directory) / "session_latest" / "faultguard").glob(f"{pid}-*.json"))
 
     def newest(self, job: Job, what: str = "batch") -> dict[str, Any]:
-        """What a worker noted last."""
-        notes = job.trace.notes(what)
-        return notes[-1] if notes else {}
+        """What the newest attempt of a worker noted last."""
+        return newest_of(job.trace.notes(what))
 
     @contextlib.contextmanager
     def target(self, rng: random.Random, kind: str) -> Iterator[Job]:

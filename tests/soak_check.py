@@ -89,6 +89,11 @@ class Fault:
         return self.worker == claim.worker_id and self.attempt in {0, claim.attempt}
 
 
+def newest_of(notes: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The last one of the newest attempt: one before it may thaw after that, and note something, too."""
+    return max(reversed(notes), key=lambda note: int(note["token"])) if notes else {}
+
+
 def problems_of(
     worker: str,
     kind: str,

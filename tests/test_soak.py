@@ -13,7 +13,7 @@ from msgspec import Raw
 from faultguard._core.log import replace_record
 from faultguard._core.records import FailureRecord, Mark, Outcome, Owner, Record, Snapshot
 from tests.soak import OF_ALL, OF_NODES, OF_WORKERS, SUITS, Deck
-from tests.soak_check import ENDS, Fault, problems_of
+from tests.soak_check import ENDS, Fault, newest_of, problems_of
 from tests.soak_tasks import KINDS
 
 REPOSITORY = Path(__file__).parents[1]
@@ -115,6 +115,12 @@ def test_what_meets_all_on_a_node_explains_first() -> None:
         record(6, "end", 3, charged=2, failures=failures, outcome=Outcome("completed")),
     ]
     assert problems(notes(0, 3, 3), records, Fault("driver frozen", "w1"), Fault("node killed", node=NODE)) == []
+
+
+def test_what_a_zombie_notes_is_not_the_newest() -> None:
+    """It thaws after its successor has begun."""
+    assert newest_of([*notes(0, 3), *notes(5)]) == notes(0, 3)[-1]
+    assert newest_of([]) == {}
 
 
 def test_what_takes_place_where_the_task_waits_meets_its_attempt_elsewhere() -> None:
