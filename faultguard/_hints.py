@@ -62,8 +62,9 @@ class _Function:
             for target in node.targets
             if isinstance(target, ast.Name)
         }
-        module = vars(inspect.getmodule(code) or self)
-        self.of_module = {name: type(module[name]) for name in _global_names(code) if name in module}
+        module = inspect.getmodule(code)
+        held = vars(module) if module else {}
+        self.of_module = {name: type(held[name]) for name in _global_names(code) if name in held}
 
     @classmethod
     def of(cls, code: CodeType) -> _Function | None:

@@ -193,7 +193,7 @@ class OpenWorker:
             os._exit(1)
 
     def _note_stall(self, failure: FailureRecord, text: str, seen: str) -> None:
-        try:  # no successor can begin without the store, so nothing is lost by waiting for it
+        try:  # whoever comes next needs the store, too
             self._note(Ended("stall", charged=True), failure, min(self.settings.store_patience, STALL_PATIENCE_S))
         finally:  # also where that is not what a note can fail with
             fields = {**self.handle.fields(), "stacks": seen}
