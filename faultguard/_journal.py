@@ -137,14 +137,16 @@ class Journal:
         self._call_writer()
 
     def _write_here(self, snapshot: Snapshot, begins: Place) -> None:
-        tidy = self._tidy_at == math.inf
+        calls = False
 
         def write() -> None:
+            nonlocal calls
             self._newest, self._begins = snapshot, begins  # under the lock: the writer thread must not see one without the other
+            calls = self._tidy_at == math.inf  # else it comes by itself
             self._write_newest()
 
         self._insist(write)
-        if tidy and self._tidy_at < math.inf:
+        if calls and self._tidy_at < math.inf:
             self._call_writer()
         self.raise_if_superseded()
 

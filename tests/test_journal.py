@@ -407,6 +407,35 @@ def test_the_thread_writes_beside_the_loop_and_goes(store: Store) -> None:
     assert worker.records()[-1].kind == "end"
 
 
+class Yields:
+    """A lock that the thread of the loop gets when the writer thread has deleted what was superfluous."""
+
+    def __init__(self, journal: _journal.Journal) -> None:
+        self._journal, self._lock, self._loop = journal, threading.Lock(), threading.current_thread()
+
+    def __enter__(self) -> None:
+        if threading.current_thread() is self._loop:
+            wait_until(lambda: self._journal._tidy_at == math.inf)
+        self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+
+@pytest.mark.usefixtures("short_park")
+def test_what_a_save_makes_superfluous_goes_without_another_one(store: Store) -> None:
+    """Also where the thread has just deleted what the save before had made superfluous."""
+    worker = Worker(store)
+    attempt = worker.attempt(keep=2)
+    advance(attempt, 3)
+    attempt.journal._lock = Yields(attempt.journal)  # type: ignore[assignment]
+    advance(attempt)
+    wait_until(lambda: [record.kind for record in worker.records()] == ["claim", "save", "save"])
+    assert batch_of(worker) == 4
+    attempt.die()
+    wait_until(lambda: not is_running())
+
+
 @pytest.mark.usefixtures("short_park")
 def test_no_save_comes_after_the_end(store: Store) -> None:
     """An outcome waits for the save that is under way, and excludes the one that is pending behind it."""
