@@ -632,6 +632,10 @@ class Checkpoint:
         self._stop = error
         self._schedule.look_at = NOW
 
+    def save_often(self) -> None:
+        """The end may be near: save as often as costs next to nothing, however seldom `every` asks for it; from any thread."""
+        self._schedule.hurry()
+
     def _raise_stop(self) -> None:
         if self._stop is not None and not self._closed:
             self._schedule.look_at = NOW  # should the body swallow it, the next boundary raises it again

@@ -130,8 +130,10 @@ class OpenWorker:
         self.journal.excuse(Ended("drained", charged=False))
         if self._leaves:
             self.handle.stop(lambda: Drained(f"{text}; it leaves, and Ray runs it again on another node"))
+        else:
+            self.handle.save_often()
         if self._told != "drained":
-            then = "goes on elsewhere after its batch" if self._leaves else "has saved, and goes on as long as it is there"
+            then = "goes on elsewhere after its batch" if self._leaves else "saves often, and goes on as long as it is there"
             _events.emit_beside(logging.WARNING, "faultguard.node_drains", f"{text}; it {then}.", **self.handle.fields())
 
     def _cancelled(self) -> None:

@@ -149,6 +149,25 @@ def test_a_timedelta_is_a_time_between_writes(encode_s: float) -> None:
     assert max(gaps) <= 30.0 + 2 * (1.0 + encode_s)
 
 
+@pytest.mark.parametrize("every", [1000, timedelta(hours=1)])
+def test_in_a_hurry_a_write_comes_as_soon_as_it_is_cheap(every: Every) -> None:
+    """However seldom the user wants it, and no more often than where nothing is said."""
+    loop = Loop(every, batch_s=0.1, write_s=0.003).run(50)
+    assert loop.written == []
+    loop.schedule.hurry()
+    loop.run(200)
+    auto = Loop("auto", batch_s=0.1, write_s=0.003).run(200)
+    assert 10 < len(loop.written) <= len(auto.written)
+
+
+@pytest.mark.parametrize("every", [1, 3, timedelta(seconds=0.5)])
+def test_in_a_hurry_no_write_of_the_user_is_left_out(every: Every) -> None:
+    """Where nothing is said there would be fewer."""
+    loop = Loop(every, batch_s=0.1, write_s=0.1)
+    loop.schedule.hurry()
+    assert len(loop.run(200).written) >= len(Loop(every, batch_s=0.1, write_s=0.1).run(200).written)
+
+
 def test_while_a_write_takes_its_time_nothing_is_encoded_in_vain() -> None:
     """The interval begins anew when a write is handed over, when it begins, and when it is done."""
     schedule = Schedule(timedelta(seconds=30), 0.0)

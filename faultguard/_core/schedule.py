@@ -53,6 +53,7 @@ class Schedule:
         "_batches",
         "_encode_cost",
         "_every",
+        "_hurried",
         "_interval",
         "_last_write",
         "_min_interval",
@@ -64,6 +65,7 @@ class Schedule:
     def __init__(self, every: Every, now: float, min_interval_s: float = 0.0) -> None:
         self.configure(every)
         self._min_interval = min_interval_s
+        self._hurried = False
         self._encode_cost = 0.0
         self._write_cost = 0.0
         self._last_write = now
@@ -114,17 +116,28 @@ class Schedule:
             return 0.0, self._every
         return (MAX_AUTO_INTERVAL_S if self._interval is None else (1 + LATE_SHARE) * self._interval), 0
 
+    def hurry(self) -> None:
+        """From now on write also where the interval of the user asks for none, as often as costs next to nothing; from any thread."""
+        self._hurried = True
+        self.look_at = NOW
+
     def _write_due(self, now: float) -> float:
+        if not self.is_strict:
+            return self._next_auto()
+        return min(self._next_strict(now), self._next_auto() if self._hurried else math.inf)
+
+    def _next_auto(self) -> float:
+        auto = min(self._write_cost / COST_SHARE, MAX_AUTO_INTERVAL_S)
+        return self._last_write + max(auto, self._min_interval)
+
+    def _next_strict(self, now: float) -> float:
         if self._every:
             if self._batches < self._every:
                 return math.inf
             self._batches = 0
             return now
-        if self._interval is not None:
-            due = self._next_interval()
-            return due if due <= now else due + LATE_SHARE * self._interval
-        auto = min(self._write_cost / COST_SHARE, MAX_AUTO_INTERVAL_S)
-        return self._last_write + max(auto, self._min_interval)
+        due = self._next_interval()
+        return due if due <= now or self._interval is None else due + LATE_SHARE * self._interval
 
     def _next_interval(self) -> float:
         """When the user's interval asks for a write, and so for a snapshot, whatever encoding costs."""
