@@ -70,7 +70,6 @@ MAX_RESULT_BYTES = 1 << 20
 MAX_INLINE_BYTES = 30_000  # of a value as it is written here: Ray's pickle of it, up to three times as long, then travels in the reply
 DEFAULT_KEEP = 3
 HOLDER_POLL_S = 0.2
-NODES_TRIED = 3  # for an attempt that prefers another node
 PROBE_WAIT_S = 90.0  # for a look at the node of a silent holder
 MANAGER_WAIT_S = 10.0
 
@@ -427,11 +426,10 @@ def run_task(
     try:
         while True:
             if elsewhere is not None and moves:
-                tried: set[str] = set()
-                for _ in range(NODES_TRIED):
-                    with contextlib.suppress(NotBegunError):
-                        return elsewhere.run(local_retry, tried, log, leave_process)
-                    local_retry += 1  # should it begin after all, the next one is the later
+                try:
+                    return elsewhere.run(local_retry, log, leave_process)
+                except NotBegunError as error:
+                    local_retry = error.local_retry
             opened: OpenWorker | Deferred | rules.Finished
             if _may_defer(settings, identity, options, worker_id, local_retry):
                 opened = defer_worker(settings, identity, options, worker_id, max_failures=max_failures)

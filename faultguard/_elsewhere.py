@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["Elsewhere", "NotBegunError", "failed_on", "failures_before"]
 
 FAILURES = 2
+NODES_TRIED = 3
 LOOK_S = 1.0  # Ray's head takes milliseconds to say where there is room: too long for what fails again and again
 
 
@@ -31,7 +32,15 @@ _nowhere_until = 0.0  # on the monotonic clock
 
 
 class NotBegunError(Exception):
-    """It could not run there, and nothing was begun."""
+    """It could not run there, and nothing was begun.
+
+    Args:
+        local_retry: of the attempt that runs here: should one of those begin after all, this one is the later.
+    """
+
+    def __init__(self, local_retry: int) -> None:
+        super().__init__(local_retry)
+        self.local_retry: int = local_retry
 
 
 def failed_on(node_id: str, failures: Sequence[FailureRecord]) -> bool:
@@ -49,6 +58,14 @@ def failures_before(head: Record | None) -> tuple[FailureRecord, ...]:
     return (*head.failures, FailureRecord("crash", head.attempt, 0, node_id=head.owner.node_id))
 
 
+class _NotThereError(Exception):
+    """The same of one node."""
+
+
+class _LateError(_NotThereError):
+    """It may yet begin there."""
+
+
 @dataclass(frozen=True, slots=True)
 class Elsewhere:
     """How the next attempt of a task gets to another node.
@@ -57,12 +74,14 @@ class Elsewhere:
         worker: for people.
         node_id: where this one runs.
         submit: runs it on a node: `(node_id, local_retry) -> ref`.
+        begins_s: so long it may take to begin there: that node may be frozen, and for a node that it takes for dead Ray starts nothing.
         waits: this one runs for a task on another node, which waits: it is enough to leave.
     """
 
     worker: str
     node_id: str
     submit: Callable[[str, int], Any]
+    begins_s: float
     waits: bool = False
 
     def is_there(self) -> bool:
@@ -77,11 +96,10 @@ class Elsewhere:
             _nowhere_until = time.monotonic() + LOOK_S
         return found
 
-    def run(self, local_retry: int, tried: set[str], newest: Callable[[], Record | None], leave: Callable[[], None]) -> Any:
+    def run(self, local_retry: int, newest: Callable[[], Record | None], leave: Callable[[], None]) -> Any:
         """Run the attempt there, and give or raise what comes of it.
 
         Args:
-            tried: nodes where it could not begin, to which the one that is tried now is added: Ray takes a dead one for alive for a while.
             local_retry: orders its claim among those of this Ray task.
             newest: reads the newest record of the worker: whatever goes wrong there before a claim is no end of an attempt.
             leave: ends this process, so that Ray runs the task again.
@@ -91,26 +109,33 @@ class Elsewhere:
         """
         if self.waits:
             leave()
-        before, node_id = newest(), _ray.node_with_room({self.node_id, *tried})
-        if before is None or not node_id:
-            raise NotBegunError
-        tried.add(node_id)
+        before, tried = newest(), {self.node_id}  # Ray takes a dead node for alive for a while
+        while before is not None and len(tried) <= NODES_TRIED and (node_id := _ray.node_with_room(tried)):
+            tried.add(node_id)
+            try:
+                return self._run_on(node_id, local_retry, lambda: _is(newest(), before), leave)
+            except _NotThereError as error:
+                local_retry += 1
+                if isinstance(error, _LateError):  # which the next node would be, too
+                    break
+        raise NotBegunError(local_retry)
+
+    def _run_on(self, node_id: str, local_retry: int, not_begun: Callable[[], bool], leave: Callable[[], None]) -> Any:
         text = f"'{self.worker}' failed {FAILURES} times in a row on node {self.node_id[:8]}; its next attempt runs on node {node_id[:8]}."
         _events.emit_beside(logging.WARNING, "faultguard.elsewhere", text, node_id=self.node_id, to_node=node_id)
         try:
             ref = self.submit(node_id, local_retry)
         except Exception as error:  # what cannot travel, for whatever reason, stays
-            raise NotBegunError from error
+            raise _NotThereError from error
         try:
-            return _ray.outcome_of(ref)
-        except _ray.LostError as error:
-            if _is(newest(), before):
-                raise NotBegunError from error
-            leave()
-            raise
+            return _ray.outcome_of(ref, self.begins_s, not_begun)
+        except _ray.LateError as error:
+            raise _LateError from error
         except Exception as error:
-            if _is(newest(), before):
-                raise NotBegunError from error
+            if not_begun():
+                raise _NotThereError from error
+            if isinstance(error, _ray.LostError):
+                leave()
             raise
 
 

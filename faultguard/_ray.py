@@ -22,6 +22,7 @@ __all__ = [
     "NAMESPACE",
     "UNREACHABLE",
     "Identity",
+    "LateError",
     "LostError",
     "alive_nodes",
     "cancel",
@@ -335,14 +336,20 @@ class LostError(Exception):
     """A task did not come to an end of its own."""
 
 
-def outcome_of(ref: Any) -> Any:
+class LateError(Exception):
+    """A task has not begun in time; it may yet begin."""
+
+
+def outcome_of(ref: Any, begins_s: float, not_begun: Callable[[], bool]) -> Any:
     """Give or raise what comes of the only value of a task, as if it were this one: cancelled, so is this one, and the other way round.
 
     Raises:
         LostError: it could not start, or its process died.
+        LateError: after `begins_s` it had `not_begun`.
     """
     try:
-        return ray.get(ref)
+        if ray.wait([ref], timeout=begins_s)[0] or not not_begun():
+            return ray.get(ref)
     except ray.exceptions.RayTaskError as error:
         if type(error.cause) is ray.exceptions.TaskCancelledError:
             raise KeyboardInterrupt(str(error.cause)) from None
@@ -354,6 +361,7 @@ def outcome_of(ref: Any) -> Any:
     except BaseException:
         ray.cancel(ref)
         raise
+    raise LateError
 
 
 def cancel(ref: Any) -> None:

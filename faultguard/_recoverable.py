@@ -429,7 +429,8 @@ class _Packed:
         elsewhere = None
         if self.header.moves:
             submit = functools.partial(self._submit, identity)
-            elsewhere = Elsewhere(f"{self.options.name}/{worker_id}", identity.node_id, submit, waits=bool(identity.home_id))
+            begins_s = self.header.settings.heartbeat_timeout
+            elsewhere = Elsewhere(f"{self.options.name}/{worker_id}", identity.node_id, submit, begins_s, waits=bool(identity.home_id))
         work = Work(self._call, repeatable=True, arguments=self.header.arguments, afresh=self.header.afresh)
         return run_task(self.header.settings, identity, self.options, worker_id, work, elsewhere=elsewhere, local_retry=local_retry)
 

@@ -19,11 +19,12 @@ from faultguard._core.records import FailureRecord
 from faultguard._elsewhere import failed_on
 from faultguard._recoverable import _may_move
 from tests.disks import where_it_is_another
-from tests.nodes import WORK, Nodes, some_nodes
+from tests.nodes import WORK, Nodes, alive, some_nodes
 from tests.tasks import NOWAIT, Trace, expected, records, result, wait_until
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
+    from contextlib import AbstractContextManager
 
     from faultguard._core.records import Record
     from tests.conftest import StartRun
@@ -72,7 +73,7 @@ def fails(worker_id: str, trace: Trace, plan: list[str]) -> Any:
                 raise faultguard.UsageError("refused")
             if end == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
-        while end == "wait" and drawn == 3:
+        while end == "wait" and drawn == 3 and not trace.notes("on", worker_id):
             time.sleep(0.01)
             ckpt.check()
         ckpt.state.setdefault("seen", []).append(batch)
@@ -86,7 +87,9 @@ def begins(trace: Trace, *, worker: str = "w") -> list[str]:
 
 
 @contextlib.contextmanager
-def second_fails(nodes: Nodes, trace: Trace, plan: list[str]) -> Iterator[tuple[Any, Any, Any]]:
+def second_fails(
+    nodes: Nodes, trace: Trace, plan: list[str], meanwhile: Callable[[Any, Any], AbstractContextManager[Any]] | None = None
+) -> Iterator[tuple[Any, Any, Any]]:
     """Begin on a node that is alone, and add another one when the second attempt is about to fail. Gives the ref and both nodes."""
     first = alone(nodes)
     ref = fails.remote("w", trace, plan)
@@ -95,8 +98,9 @@ def second_fails(nodes: Nodes, trace: Trace, plan: list[str]) -> Iterator[tuple[
         second = nodes.add(1)
         wait_until(lambda: ray.get(sees.options(scheduling_strategy=on(first)).remote(second.node_id), timeout=WAIT_S), WAIT_S)
         wait_until(lambda: free_cpus(second) == 1, WAIT_S)
-        trace.note("go", "w")
-        yield ref, first, second
+        with meanwhile(first, second) if meanwhile is not None else contextlib.nullcontext():
+            trace.note("go", "w")
+            yield ref, first, second
     finally:
         if not ray.wait([ref], timeout=0)[0]:  # the test has failed
             ray.cancel(ref, force=True)
@@ -279,6 +283,24 @@ def test_a_zombie_there_changes_nothing(nodes: Nodes, run: faultguard.Run, trace
         wait_until(lambda: not Path(f"/proc/{there}").exists() or free_cpus(second) == 1, WAIT_S)
         assert records(run, "fails", "w")[-1] == before[-1]
         assert (before[-1].kind, before[-1].attempt, before[-1].charged) == ("end", 4, 3)
+
+
+@pytest.mark.ray
+def test_where_ray_starts_nothing_for_it_it_goes_on_here(nodes: Nodes, start_run: StartRun, trace: Trace) -> None:
+    """The raylet of its node is frozen, and Ray takes the node for dead, whose processes work on."""
+    run = start_run(heartbeat_interval=INTERVAL_S, heartbeat_timeout=4 * INTERVAL_S)
+
+    @contextlib.contextmanager
+    def dead(first: Any, _: Any) -> Iterator[None]:
+        with nodes.frozen(first):
+            wait_until(lambda: first.node_id not in alive(), WAIT_S)
+            yield
+
+    with second_fails(nodes, trace, ["raise", "raise", "done"], dead) as (ref, first, _):
+        assert ray.get(ref, timeout=WAIT_S) == expected(N)
+        assert begins(trace) == [first.node_id] * 3
+        assert (end_of(run).attempt, end_of(run).charged) == (3, 2)
+    nodes.remove(first)
 
 
 @pytest.mark.ray
