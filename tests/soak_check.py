@@ -25,7 +25,7 @@ ENDS = {
     "SIGSTOP and SIGCONT": set(),
     "record damaged": {"crash"},
     "faultguard.cancel": {"cancelled"},
-    "ray.cancel": {"cancelled"},
+    "ray.cancel": {"cancelled", "completed"},  # Ray says so to the caller also where the worker completes at that moment
     "driver killed": {"crash", "terminated"},  # Ray gives the workers of a dead driver some milliseconds
     "driver frozen": {"crash", "terminated"},
     "node killed": {"crash"},
@@ -44,6 +44,7 @@ BUDGET = 1
 
 KILLED_BY_US = frozenset({"SIGSTOP", "hang with the GIL"})
 BOUNDED = "bounded"
+COMPLETED = "completed"  # who is started again after that begins from zero
 UNDECORATED = frozenset({"block", "actor", "threaded", "async"})  # their exceptions are their callers' business
 EXCUSED = frozenset({"terminated", "drained"})
 TOKENS = 10**9  # per driver of a named run; the rest is the number of the claim
@@ -117,13 +118,14 @@ def problems_of(
         return
     claims = [record for record in log if record.kind == "claim"]
     ordered = [Fault(note["kind"], worker, note["attempt"], time=note.get("time", 0.0)) for note in notes if note["what"] == "fault"]
-    yield from _unexplained(worker, kind, claims, notes, [*faults, *ordered], _failed(log), sick)
+    lives = [claim.number for claim in claims if claim.predecessor == COMPLETED]
+    yield from _unexplained(worker, kind, claims, notes, [*faults, *ordered], [record for record in log if record.outcome], sick)
     yield from _misses(worker, notes)
-    yield from _behind(worker, notes, {fault.token: fault.left for fault in faults if fault.token and fault.worker == worker})
+    yield from _behind(worker, notes, {fault.token: fault.left for fault in faults if fault.token and fault.worker == worker}, lives)
     end = log[-1]
-    if end.kind != "end" or end.outcome is None or end.outcome.status != "completed":
+    if end.kind != "end" or end.outcome is None or end.outcome.status != COMPLETED:
         yield f"{worker}: its log ends with a {end.kind}, not with an outcome"
-    if sum(record.outcome is not None and record.outcome.status == "completed" for record in log) != 1:
+    if sum(record.outcome is not None and record.outcome.status == COMPLETED for record in log) != 1 + len(lives):
         yield f"{worker}: not one outcome"
     if kind != BOUNDED and _failed(log):
         yield f"{worker}: failed for good, and its budget has no bound"
@@ -144,7 +146,7 @@ def _unexplained(
     claims: Sequence[Record],
     notes: Sequence[dict[str, Any]],
     faults: Iterable[Fault],
-    failed: Sequence[Record],
+    outcomes: Sequence[Record],
     sick: Sequence[tuple[float, float]],
 ) -> Iterator[str]:
     """Ends of attempts that nobody caused, and those that were charged and should not have been, or the other way round."""
@@ -153,10 +155,12 @@ def _unexplained(
     for claim, after in itertools.pairwise(claims):
         if claim.owner.writer == after.owner.writer and claim.attempt == after.attempt:
             continue  # tried twice: nothing ran under the first one
-        end = next((end for end in failed if claim.number < end.number < after.number), None)
+        end = next((end for end in outcomes if claim.number < end.number < after.number), None)
         charged = (after if end is None else end).charged - claim.charged
         failures = end.failures if end is not None else after.failures if charged else ()
-        cause = failures[-1].cause if failures else after.predecessor  # of a crash the history knows more
+        cause = after.predecessor
+        if failures and cause != COMPLETED:
+            cause = failures[-1].cause  # of a crash the history knows more
         where = f"{worker} attempt {claim.attempt} (pid {claim.owner.pid})"
         noted = [note for note in notes if (note.get("attempt"), note.get("token", 0) % TOKENS) == (claim.attempt, claim.number)]
         home = next((note["home"] for note in noted if note["what"] == "begin"), "")
@@ -186,11 +190,11 @@ def _misses(worker: str, notes: Sequence[dict[str, Any]]) -> Iterator[str]:
             return
 
 
-def _behind(worker: str, notes: Sequence[dict[str, Any]], left: Mapping[int, int]) -> Iterator[str]:
+def _behind(worker: str, notes: Sequence[dict[str, Any]], left: Mapping[int, int], lives: Sequence[int]) -> Iterator[str]:
     """Attempts that began before what an earlier one was told is durable: it was lost, or a zombie was told so.
 
     Whenever it was told: a zombie may thaw, and note, after its successor has begun. Of an attempt whose newest record was damaged
-    what is `left` counts, by its token.
+    what is `left` counts, by its token. With each of the claims in `lives` the work begins from zero.
     """
     begins: dict[int, dict[str, Any]] = {}
     told: dict[int, int] = {}
@@ -202,6 +206,7 @@ def _behind(worker: str, notes: Sequence[dict[str, Any]], left: Mapping[int, int
             told[note["token"]] = max(told.get(note["token"], 0), durable)
     told.update(left)
     for token, first in begins.items():
-        durable = max((batch for earlier, batch in told.items() if earlier < token), default=0)
+        since = max((number for number in lives if number <= token % TOKENS), default=0)
+        durable = max((batch for earlier, batch in told.items() if since <= earlier % TOKENS and earlier < token), default=0)
         if first["batch"] < durable:
             yield f"{worker} attempt {first['attempt']} began at {first['batch']}; {durable} were durable"

@@ -215,6 +215,27 @@ def test_there_is_one_outcome() -> None:
     assert problems(notes(0, 3), twice, killed) == ["w1: not one outcome"]
 
 
+def test_a_cancel_that_meets_the_end_may_come_too_late() -> None:
+    """Ray says "cancelled", the log says "completed", and who is started again begins from zero; nothing else ends a worker so."""
+    failures = (FailureRecord("crash", 1, 2),)
+    records = [
+        *log(),
+        record(5, "claim", 3, predecessor="completed", life=2),
+        record(6, "end", 3, life=2, outcome=Outcome("completed")),
+    ]
+    told = {"what": "ack", "attempt": 2, "token": 3, "batch": 8}
+    trace = [*notes(0, 3, 0, durable=3), told]
+    killed, cancelled = Fault("SIGKILL", "w1", 1, 101), Fault("ray.cancel", "w1", 2)
+    assert problems(trace, records, killed, cancelled) == []
+    assert "ended by 'completed', which nobody caused" in problems(trace, records, killed, Fault("faultguard.cancel", "w1", 2))[0]
+    behind = record(7, "claim", 4, predecessor="crash", charged=1, failures=failures, life=2)
+    more = [*records[:5], behind, record(8, "end", 4, charged=1, failures=failures, life=2, outcome=Outcome("completed"))]
+    late = [*trace, {"what": "ack", "attempt": 3, "token": 5, "batch": 4}, {"what": "batch", "attempt": 4, "token": 7, "batch": 3}]
+    faults = killed, cancelled, Fault("exit", "w1", 3)
+    assert problems(late, more, *faults) == ["w1 attempt 4 began at 3; 4 were durable"]
+    assert "not one outcome" in problems(trace, [*records[:3], *records[4:]], killed, cancelled)[-1]
+
+
 def test_a_bounded_budget_is_spent_and_begins_anew() -> None:
     """No attempt more than it allows, and none of it is left over for the next start; without a bound nothing fails for good."""
     failures = tuple(FailureRecord("exception", attempt, 2) for attempt in (1, 2))
