@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import itertools
 import os
+import tempfile
 import threading
 import time
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -19,12 +22,12 @@ from faultguard.storage import STORE_KEY
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
 __all__ = ["auto", "named", "program", "throughput"]
 
 TIMEOUT_S = 300
 BATCH_S = 0.005
+MEMORY = Path("/dev/shm")  # noqa: S108 - not for files: for a folder of its own there
 RECORD_BYTES = 800  # as of a claim or an end without state
 ROOM_S = 60  # for a task beyond the time that it works
 
@@ -78,35 +81,48 @@ def _square(number: int) -> int:
 def named(bench: Bench) -> Measured:
     """The same in a named run, where each task has an id, and its outcome is kept: a claim and an end are durable.
 
-    Beside it plain tasks that do nothing but make two such records durable: with one disk for all, that is most of the price.
+    Beside it plain tasks that do nothing but make two such records durable: with one disk for all, that is most of the price. And the
+    same with a store in memory, where it has none: the rest is ours.
     """
     tasks, rounds = (200, 2) if bench.quick else (2000, 5)
     folder = bench.directory / "records"
     folder.mkdir()
+    writer, numbers = ray.remote(_two_records), itertools.count()
+
+    def run_writer(count: int = tasks) -> float:
+        started = time.perf_counter()
+        ray.get([writer.remote(folder / f"w{next(numbers)}") for _ in range(count)], timeout=TIMEOUT_S)
+        return time.perf_counter() - started
+
+    on_disk = _in_turn_named(bench, tasks, rounds, writes=run_writer)
+    each = {name: median(seconds) / tasks for name, seconds in on_disk.items()}
+    details = [
+        f"per task {us(each['plain'])} plain, {us(each['ours'])} ours; {tasks} tasks, medians of {rounds}",
+        f"plain tasks that make two records durable themselves: {us(each['writes'])}, {ratio(on_disk, 'plain', 'writes'):.3f} x",
+    ]
+    if MEMORY.is_dir():
+        with tempfile.TemporaryDirectory(prefix="faultguard-bench-", dir=MEMORY) as directory:
+            in_memory = _in_turn_named(replace(bench, directory=Path(directory)), tasks, rounds)
+        took = median(in_memory["ours"]) / tasks
+        details.append(f"with the store in memory ({MEMORY}): {us(took)} ours, {ratio(in_memory, 'plain', 'ours'):.3f} x")
+    return Measured(ratio(on_disk, "plain", "ours"), tuple(details), lambda: _explain_named(bench))
+
+
+def _in_turn_named(bench: Bench, tasks: int, rounds: int, **others: Callable[..., float]) -> dict[str, list[float]]:
+    """Seconds that so many tasks take, plain and in a named run; and what `others` take."""
+    numbers = itertools.count()
     with cluster(bench, run="bench"):
-        plain, ours, writer = ray.remote(_nothing), faultguard.recoverable(ray.remote(_nothing)), ray.remote(_two_records)
-        numbers = itertools.count()
+        plain, ours = ray.remote(_nothing), faultguard.recoverable(ray.remote(_nothing))
 
         def run_named(count: int = tasks) -> float:
             started = time.perf_counter()
             ray.get([ours.options(worker_id=f"w{next(numbers)}").remote() for _ in range(count)], timeout=TIMEOUT_S)
             return time.perf_counter() - started
 
-        def run_writer(count: int = tasks) -> float:
-            started = time.perf_counter()
-            ray.get([writer.remote(folder / f"w{next(numbers)}") for _ in range(count)], timeout=TIMEOUT_S)
-            return time.perf_counter() - started
-
         _run(plain, 100)
-        run_writer(100)
-        run_named(100)
-        found = in_turn(rounds, plain=lambda: _run(plain, tasks), writes=run_writer, ours=run_named)
-    each = {name: median(seconds) / tasks for name, seconds in found.items()}
-    details = (
-        f"per task {us(each['plain'])} plain, {us(each['ours'])} ours; {tasks} tasks, medians of {rounds}",
-        f"plain tasks that make two records durable themselves: {us(each['writes'])}, {ratio(found, 'plain', 'writes'):.3f} x",
-    )
-    return Measured(ratio(found, "plain", "ours"), details, lambda: _explain_named(bench))
+        for run in (*others.values(), run_named):
+            run(100)
+        return in_turn(rounds, plain=lambda: _run(plain, tasks), **others, ours=run_named)
 
 
 def _two_records(folder: Path) -> None:

@@ -25,7 +25,7 @@ from faultguard._core.budget import Policy, charge, exhausted, is_charged, poiso
 from faultguard._core.records import Ended, FailureRecord, Outcome, Owner, Record, Snapshot
 from faultguard._core.schedule import Every, Schedule
 from faultguard._deferred import Deferred
-from faultguard._elsewhere import Elsewhere, NotBegunError, failed_on, failures_before
+from faultguard._elsewhere import BegunError, Elsewhere, NotBegunError, failed_on, failures_before
 from faultguard._footguns import tell
 from faultguard._handle import Checkpoint
 from faultguard._journal import Journal, insist, superseded
@@ -119,18 +119,22 @@ def open_worker(
     local_retry: int = 0,
     leaves: bool = False,
     afresh: bool = False,
+    elsewhere: Elsewhere | None = None,
 ) -> OpenWorker | rules.Finished:
     """Claim a worker and restore what it saved. `leaves`: Ray runs its task again when it leaves a node that is drained.
 
-    `afresh`: what other tasks have done under this id does not count.
+    `afresh`: what other tasks have done under this id does not count. `elsewhere`: how its task gets, or has got, to another node.
 
     Raises:
+        BegunError: an attempt that was sent to another node has begun.
         SupersededError: a later attempt of the same work has begun already.
         DuplicateWorkerError: another live task holds the worker.
         CheckpointStoreError: there is no store here, or it has failed for too long.
     """
     log, me = _claimant(settings, identity, options, worker_id, max_failures=max_failures, local_retry=local_retry, afresh=afresh)
     me = replace(me, asks=identity.attempt > 0 or settings.named)  # also after the holder of another driver, whom nobody waits for
+    if elsewhere is not None:
+        me = replace(me, sent=elsewhere.waits, beside=elsewhere.beside)
     try:
         return _open(log, me, settings, identity, options, leaves=leaves)
     except BaseException as error:
@@ -325,7 +329,11 @@ def _handle(settings: Settings, options: TaskOptions, journal: Journal, schedule
 
 
 def _claim(log: StoredLog, me: rules.Claimant, settings: Settings) -> rules.Granted | rules.Finished:
-    """Claim, waiting for a holder of another task until it is known dead."""
+    """Claim, waiting for a holder of another task until it is known dead.
+
+    Raises:
+        BegunError: an attempt that was sent to another node has begun.
+    """
     deadline = time.monotonic() + settings.heartbeat_timeout
     watched: tuple[int, float] | None = None  # newest record of the holder, and since when it is the newest
     trouble = _StoreTrouble(me.task, me.worker_id, settings.store_patience)
@@ -333,10 +341,9 @@ def _claim(log: StoredLog, me: rules.Claimant, settings: Settings) -> rules.Gran
         answer = insist(functools.partial(_claim_once, log, me), settings.store_patience, trouble)
         if isinstance(answer, (rules.Granted, rules.Finished)):
             return answer
-        if isinstance(answer, rules.Refused):
-            raise superseded(me.worker_id, answer.head.attempt - 1, 0)
-        head, now = answer.head, time.monotonic()
-        if answer.dead:
+        blocked = _blocked(answer, me)
+        head, now = blocked.head, time.monotonic()
+        if blocked.dead:
             me = replace(me, crashed=_death_of(head))
             continue
         owner = head.owner
@@ -355,6 +362,15 @@ def _claim(log: StoredLog, me: rules.Claimant, settings: Settings) -> rules.Gran
             raise _duplicate(me, head, settings)
         else:
             time.sleep(HOLDER_POLL_S)
+
+
+def _blocked(answer: rules.Blocked | rules.Refused, me: rules.Claimant) -> rules.Blocked:
+    """Whom to wait for, if that is worth it."""
+    if isinstance(answer, rules.Refused):
+        raise superseded(me.worker_id, answer.head.attempt - 1, 0)
+    if rules.is_beside(answer.head, me):
+        raise BegunError
+    return answer
 
 
 def _claim_once(log: StoredLog, me: rules.Claimant) -> rules.Granted | rules.Finished | rules.Blocked | rules.Refused:
@@ -423,11 +439,12 @@ def run_task(
         _raise_if_cancelled(settings, options.name, worker_id)
     log = functools.partial(_newest, settings, options.name, worker_id)
     moves = elsewhere is not None and identity.attempt > 0 and failed_on(identity.node_id, failures_before(log()))
+    begun = functools.partial(_has_begun, log, Owner("", task_id=identity.task_id, ray_attempt=identity.attempt, epoch=settings.epoch))
     try:
         while True:
             if elsewhere is not None and moves:
                 try:
-                    return elsewhere.run(local_retry, log, leave_process)
+                    return elsewhere.run(local_retry, begun, leave_process)
                 except NotBegunError as error:
                     local_retry = error.local_retry
             opened: OpenWorker | Deferred | rules.Finished
@@ -443,6 +460,7 @@ def run_task(
                     local_retry=local_retry,
                     leaves=True,
                     afresh=work.afresh,
+                    elsewhere=elsewhere,
                 )
             if isinstance(opened, rules.Finished):
                 if (opened.record.owner.task_id, opened.record.owner.epoch) != (identity.task_id, settings.epoch):
@@ -452,6 +470,9 @@ def run_task(
             if not isinstance(value, _Moves):
                 return value
             moves, local_retry = True, value.local_retry
+    except BegunError:
+        assert elsewhere is not None  # noqa: S101 - who has sent it
+        return elsewhere.outcome(leave_process)
     finally:
         leave_all()
 
@@ -508,6 +529,12 @@ def _newest(settings: Settings, task: str, worker_id: str) -> Record | None:
     with contextlib.suppress(FaultguardError):
         return StoredLog(checked_store(settings), settings.log_prefix(task, worker_id)).newest()
     return None
+
+
+def _has_begun(log: Callable[[], Record | None], me: Owner, local_retry: int) -> bool | None:
+    """Whether a retry of this attempt of Ray's has claimed the worker; None: that cannot be read."""
+    head = log()
+    return rules.is_of_retry(head, me, local_retry) if head is not None else None
 
 
 def _recorded(finished: rules.Finished, settings: Settings, options: TaskOptions, work: Work, max_failures: int) -> Any:

@@ -340,15 +340,23 @@ class LateError(Exception):
     """A task has not begun in time; it may yet begin."""
 
 
-def outcome_of(ref: Any, begins_s: float, not_begun: Callable[[], bool]) -> Any:
+def outcome_of(ref: Any, begins_s: float, begun: Callable[[], bool | None]) -> Any:
     """Give or raise what comes of the only value of a task, as if it were this one: cancelled, so is this one, and the other way round.
+
+    Args:
+        ref: of the value.
+        begins_s: so long it may take to begin.
+        begun: asked then; None: that is not known, and asked again as late.
 
     Raises:
         LostError: it could not start, or its process died.
-        LateError: after `begins_s` it had `not_begun`.
+        LateError: it has not begun.
     """
     try:
-        if ray.wait([ref], timeout=begins_s)[0] or not not_begun():
+        has_begun: bool | None = None
+        while has_begun is None:
+            has_begun = bool(ray.wait([ref], timeout=begins_s)[0]) or begun()
+        if has_begun:
             return ray.get(ref)
     except ray.exceptions.RayTaskError as error:
         if type(error.cause) is ray.exceptions.TaskCancelledError:

@@ -430,7 +430,8 @@ def test_what_a_save_makes_superfluous_goes_without_another_one(store: Store) ->
     advance(attempt, 3)
     attempt.journal._lock = Yields(attempt.journal)  # type: ignore[assignment]
     advance(attempt)
-    wait_until(lambda: [record.kind for record in worker.records()] == ["claim", "save", "save"])
+    wait_until(lambda: len(worker.numbers()) == 3)
+    assert [record.kind for record in worker.records()] == ["claim", "save", "save"]
     assert batch_of(worker) == 4
     attempt.die()
     wait_until(lambda: not is_running())

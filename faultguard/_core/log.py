@@ -39,6 +39,8 @@ __all__ = [
     "create",
     "discard",
     "give_back",
+    "is_beside",
+    "is_of_retry",
     "load",
     "may_claim",
     "retain",
@@ -121,6 +123,8 @@ class Claimant:
     policy: Policy = PLAIN
     late: bool = False  # it works already, and nobody knows: only an empty log is its own
     unrecorded: bool = False  # attempts before this one may have died before they claimed
+    sent: bool = False  # by one that waits on another node, or does no longer: it follows what its own task has left, and nothing else
+    beside: int = -1  # the local retry that its own task has sent to another node, and that may begin there at any moment
 
 
 @dataclass(slots=True)
@@ -174,7 +178,10 @@ class Finished:
 
 @dataclass(frozen=True, slots=True)
 class Blocked:
-    """Another task of this driver holds the worker; it must be known dead first. `dead`: it is, and `crashed` is to say of what."""
+    """Another task of this driver holds the worker; it must be known dead first. `dead`: it is, and `crashed` is to say of what.
+
+    Or the attempt on another node does: see `is_beside`.
+    """
 
     head: Record
     dead: bool = False
@@ -209,6 +216,10 @@ def may_claim(head: Record | None, me: Claimant) -> Verdict:  # noqa: PLR0911 - 
     if head is None or me.always:
         return "claim"
     owner = head.owner
+    if is_beside(head, me):
+        return "wait"
+    if me.sent and (head.kind == "end" or not same_task(owner, me.owner)):
+        return "refuse"
     if me.late:
         return "claim" if owner.writer == me.owner.writer else "refuse"
     if head.kind == "end":
@@ -228,6 +239,17 @@ def may_claim(head: Record | None, me: Claimant) -> Verdict:  # noqa: PLR0911 - 
 def same_task(one: Owner, other: Owner) -> bool:
     """Whether both are attempts of one Ray task. A new cluster gives the ids of an old one again: they are told apart by the driver."""
     return (one.task_id, one.epoch) == (other.task_id, other.epoch)
+
+
+def is_of_retry(head: Record, owner: Owner, local_retry: int) -> bool:
+    """Whether that retry of an attempt of Ray's wrote it, or one after it."""
+    theirs = head.owner
+    return same_task(theirs, owner) and theirs.ray_attempt == owner.ray_attempt and theirs.local_retry >= local_retry
+
+
+def is_beside(head: Record, me: Claimant) -> bool:
+    """Whether the attempt that was sent to another node has begun: then it is to be waited for."""
+    return me.beside >= 0 and head.owner.writer != me.owner.writer and is_of_retry(head, me.owner, me.beside)
 
 
 def _order(owner: Owner) -> tuple[int, int]:
