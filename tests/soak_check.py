@@ -28,7 +28,7 @@ ENDS = {
     "ray.cancel": {"cancelled", "completed"},  # Ray says so to the caller also where the worker completes at that moment
     "driver killed": {"crash", "terminated"},  # Ray gives the workers of a dead driver some milliseconds
     "driver frozen": {"crash", "terminated"},
-    "node killed": {"crash"},
+    "node killed": {"crash", "terminated"},  # whose raylet dies before them may get a signal, and the time for a note
     "node frozen": {"crash"},
     "raylet frozen": {"crash", "terminated"},
     "out of memory": {"oom", "crash"},  # Ray's table may not say it yet
@@ -123,6 +123,8 @@ def problems_of(
     yield from _misses(worker, notes)
     yield from _behind(worker, notes, {fault.token: fault.left for fault in faults if fault.token and fault.worker == worker}, lives)
     end = log[-1]
+    if any(_loops(record) != _loops(end) for record in log if record.outcome is not None and record.outcome.status == COMPLETED):
+        yield f"{worker}: one of its outcomes is not of all of its work"
     if end.kind != "end" or end.outcome is None or end.outcome.status != COMPLETED:
         yield f"{worker}: its log ends with a {end.kind}, not with an outcome"
     if sum(record.outcome is not None and record.outcome.status == COMPLETED for record in log) != 1 + len(lives):
@@ -133,6 +135,12 @@ def problems_of(
         yield f"{worker}: {spent} charged, with a budget of {BUDGET}"
     if end.charged != len(end.failures):
         yield f"{worker}: {end.charged} charged, {len(end.failures)} failures in its history"
+
+
+def _loops(record: Record) -> list[tuple[str, int, bool]]:
+    """What is done of its loops; what was done is known to be right by the value of the last outcome."""
+    marks = itertools.chain.from_iterable(record.snapshot.loops) if record.snapshot is not None else ()
+    return [(mark.name, mark.done, mark.finished) for mark in marks]
 
 
 def _failed(log: Sequence[Record]) -> list[Record]:
@@ -165,6 +173,8 @@ def _unexplained(
         noted = [note for note in notes if (note.get("attempt"), note.get("token", 0) % TOKENS) == (claim.attempt, claim.number)]
         home = next((note["home"] for note in noted if note["what"] == "begin"), "")
         there = [fault for fault in left if fault.meets(claim, home)]
+        if cause == COMPLETED and end is not None:  # only who was cancelled at that moment is started again
+            there = [fault for fault in there if abs(fault.time - end.saved_at) < NOTE_S]
         found = min((fault for fault in there if fault.explains(cause, sick, by_note)), key=Fault.reach, default=None)
         if found is None:
             yield f"{where} ended by {cause!r}, which nobody caused; what took place there: {sorted({fault.kind for fault in there})}"
@@ -173,7 +183,7 @@ def _unexplained(
         begun = sum(note["what"] == "batch" for note in noted)
         if end is not None and after.charged:
             yield f"{where} was the last of its budget, and the next one begins with {after.charged} charged"
-        if charged not in {0, 1} or (charged and (cause == "cancelled" or (cause in EXCUSED and begun > NO_PROGRESS))):
+        if charged not in {0, 1} or (charged and (cause in {"cancelled", COMPLETED} or (cause in EXCUSED and begun > NO_PROGRESS))):
             yield f"{where} ended by {cause!r} after {begun} batches: {charged} charged"
         if not charged and cause in ({"crash"} if kind in UNDECORATED else {"crash", "exception", "stall"}):
             yield f"{where} ended by {cause!r}, not charged"
@@ -207,6 +217,8 @@ def _behind(worker: str, notes: Sequence[dict[str, Any]], left: Mapping[int, int
     told.update(left)
     for token, first in begins.items():
         since = max((number for number in lives if number <= token % TOKENS), default=0)
+        if since == token % TOKENS and first["batch"] != 0:
+            yield f"{worker} attempt {first['attempt']} began at {first['batch']}; it was to begin from zero"
         durable = max((batch for earlier, batch in told.items() if since <= earlier % TOKENS and earlier < token), default=0)
         if first["batch"] < durable:
             yield f"{worker} attempt {first['attempt']} began at {first['batch']}; {durable} were durable"

@@ -304,6 +304,17 @@ def test_where_ray_starts_nothing_for_it_it_goes_on_here(nodes: Nodes, start_run
 
 
 @pytest.mark.ray
+@pytest.mark.parametrize("timeout_s", [0.02, 0.04, 0.08, 0.16])
+def test_who_went_on_and_who_begins_there_all_the_same_are_one(nodes: Nodes, start_run: StartRun, trace: Trace, timeout_s: float) -> None:
+    """The attempt there begins at about the moment at which it counts as late: one of the two is the third, and nobody is charged."""
+    run = start_run(heartbeat_interval=0.01, heartbeat_timeout=timeout_s)
+    with second_fails(nodes, trace, ["raise", "raise", "done", "done"]) as (ref, _, _):
+        assert ray.get(ref, timeout=WAIT_S) == expected(N)
+        assert len(begins(trace)) == 3
+        assert (end_of(run).attempt, end_of(run).charged) == (3, 2)
+
+
+@pytest.mark.ray
 def test_a_node_without_the_store_is_none(nodes: Nodes, run: faultguard.Run, trace: Trace, tmp_path: Path) -> None:
     """It goes on where the store is."""
     first = alone(nodes)

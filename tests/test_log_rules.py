@@ -469,6 +469,24 @@ FAILED = record(6, "end", owner=CLAIM.owner, outcome=Outcome("failed"))
         (FAILED, claimant("t2", epoch=4, named_run=True), "claim"),
         (FAILED, claimant("t2", epoch=2), "refuse"),
         (CLAIM, replace(claimant(), owner=replace_owner(CLAIM.owner, ray_attempt=0)), "claim"),
+        # sent from another node: after what its own task has left, and nothing else
+        (CLAIM, claimant(attempt=1, retry=3, epoch=3, sent=True), "claim"),
+        (CLAIM, claimant(attempt=1, retry=1, epoch=3, sent=True), "refuse"),
+        (CLAIM, claimant("t2", epoch=3, sent=True, gone=5), "refuse"),
+        (LEFT, claimant("t2", epoch=4, sent=True), "refuse"),
+        (COMPLETED, claimant("t2", epoch=3, sent=True), "refuse"),
+        (COMPLETED, claimant(attempt=1, retry=3, epoch=3, sent=True), "refuse"),
+        (FAILED, claimant("t2", epoch=3, sent=True), "refuse"),
+        # the retry that was sent has begun, and its own ones after it: it is waited for, and says what came of it
+        (CLAIM, claimant(attempt=1, retry=3, epoch=3, beside=2), "wait"),
+        (CLAIM, claimant(attempt=1, retry=2, epoch=3, beside=1), "wait"),
+        (LEFT, claimant(attempt=1, retry=3, epoch=3, beside=2), "wait"),
+        (COMPLETED, claimant(attempt=1, retry=3, epoch=3, beside=2), "wait"),
+        (CLAIM, claimant(attempt=1, retry=4, epoch=3, beside=3), "claim"),
+        (CLAIM, claimant(attempt=2, retry=3, epoch=3, beside=2), "claim"),
+        (CLAIM, claimant(attempt=0, retry=3, epoch=3, beside=2), "refuse"),
+        (CLAIM, claimant("t2", epoch=4, beside=2), "claim"),
+        (CLAIM, replace(claimant(beside=2), owner=replace_owner(CLAIM.owner, local_retry=3)), "claim"),
     ],
 )
 def test_who_may_claim(head: Record | None, me: Claimant, expected: str) -> None:

@@ -225,15 +225,25 @@ def test_a_cancel_that_meets_the_end_may_come_too_late() -> None:
     ]
     told = {"what": "ack", "attempt": 2, "token": 3, "batch": 8}
     trace = [*notes(0, 3, 0, durable=3), told]
-    killed, cancelled = Fault("SIGKILL", "w1", 1, 101), Fault("ray.cancel", "w1", 2)
+    killed, cancelled = Fault("SIGKILL", "w1", 1, 101), Fault("ray.cancel", "w1", 2, time=1.0)
     assert problems(trace, records, killed, cancelled) == []
-    assert "ended by 'completed', which nobody caused" in problems(trace, records, killed, Fault("faultguard.cancel", "w1", 2))[0]
+    assert "ended by 'completed', which nobody caused" in problems(trace, records, killed, Fault("faultguard.cancel", "w1", 2, time=1.0))[0]
     behind = record(7, "claim", 4, predecessor="crash", charged=1, failures=failures, life=2)
     more = [*records[:5], behind, record(8, "end", 4, charged=1, failures=failures, life=2, outcome=Outcome("completed"))]
     late = [*trace, {"what": "ack", "attempt": 3, "token": 5, "batch": 4}, {"what": "batch", "attempt": 4, "token": 7, "batch": 3}]
     faults = killed, cancelled, Fault("exit", "w1", 3)
     assert problems(late, more, *faults) == ["w1 attempt 4 began at 3; 4 were durable"]
     assert "not one outcome" in problems(trace, [*records[:3], *records[4:]], killed, cancelled)[-1]
+    early = Fault("ray.cancel", "w1", 2, time=1000.0)
+    assert "which nobody caused" in problems(trace, records, killed, early)[0]
+    assert "began at 3; it was to begin from zero" in problems([*notes(0, 3, 3, durable=3), told], records, killed, cancelled)[0]
+    charged = replace_record(records[3], charged=2, failures=failures * 2)
+    assert "ended by 'completed' after 5 batches: 1 charged" in problems(trace, [*records[:3], charged, *records[4:]], killed, cancelled)[0]
+    whole = [replace_record(one, snapshot=Snapshot(Raw(b"{}"), ((Mark("", 8, finished=True),),))) for one in (records[3], records[5])]
+    assert problems(trace, [*records[:3], whole[0], records[4], whole[1]], killed, cancelled) == []
+    part = replace_record(records[3], snapshot=Snapshot(Raw(b"{}"), ((Mark("", 4),),)))
+    cut = [*records[:3], part, records[4], whole[1]]
+    assert problems(trace, cut, killed, cancelled) == ["w1: one of its outcomes is not of all of its work"]
 
 
 def test_a_bounded_budget_is_spent_and_begins_anew() -> None:
