@@ -125,3 +125,14 @@ def test_sigterm_is_marked(tmp_path: Path) -> None:
         ray.get(wait.remote(str(marker)), timeout=60)
     assert marker.read_text(encoding="ascii") == "True"
     assert not _ray.was_terminated(SystemExit(1))
+
+
+def test_who_waits_with_a_bound_lends_its_cpus() -> None:
+    """Or an attempt that waits for one on another node would keep everybody else of its own node waiting."""
+
+    def waits() -> bool:
+        ask: Any = ray.cluster_resources
+        inner: Any = ray.remote(num_cpus=ask()["CPU"])(lambda: True)
+        return bool(ray.wait([inner.remote()], timeout=60)[0])
+
+    assert ray.get(ray.remote(num_cpus=1)(waits).remote(), timeout=90)
