@@ -138,6 +138,8 @@ def open_worker(
     try:
         return _open(log, me, settings, identity, options, leaves=leaves)
     except BaseException as error:
+        if elsewhere is not None and not isinstance(error, BegunError):
+            elsewhere.withdraw()
         _give_back(log, me.owner, cause_of_leaving(error))
         raise
 
@@ -437,9 +439,9 @@ def run_task(
     max_failures = options.max_failures if options.max_failures is not None else settings.max_failures
     if not identity.attempt:  # else its log is to say so, too
         _raise_if_cancelled(settings, options.name, worker_id)
-    log = functools.partial(_newest, settings, options.name, worker_id)
-    moves = elsewhere is not None and identity.attempt > 0 and failed_on(identity.node_id, failures_before(log()))
-    begun = functools.partial(_has_begun, log, Owner("", task_id=identity.task_id, ray_attempt=identity.attempt, epoch=settings.epoch))
+    newest = functools.partial(_newest, settings, options.name, worker_id)
+    moves = elsewhere is not None and identity.attempt > 0 and failed_on(identity.node_id, failures_before(newest()))
+    begun = functools.partial(_has_begun, settings, identity, options.name, worker_id)
     try:
         while True:
             if elsewhere is not None and moves:
@@ -531,10 +533,13 @@ def _newest(settings: Settings, task: str, worker_id: str) -> Record | None:
     return None
 
 
-def _has_begun(log: Callable[[], Record | None], me: Owner, local_retry: int) -> bool | None:
+def _has_begun(settings: Settings, identity: _ray.Identity, task: str, worker_id: str, local_retry: int) -> bool | None:
     """Whether a retry of this attempt of Ray's has claimed the worker; None: that cannot be read."""
-    head = log()
-    return rules.is_of_retry(head, me, local_retry) if head is not None else None
+    me = Owner("", task_id=identity.task_id, ray_attempt=identity.attempt, epoch=settings.epoch)
+    with contextlib.suppress(FaultguardError):
+        newest = StoredLog(checked_store(settings), settings.log_prefix(task, worker_id)).run(rules.newest_of_task(me))
+        return newest is not None and rules.is_of_retry(newest, me, local_retry)
+    return None
 
 
 def _recorded(finished: rules.Finished, settings: Settings, options: TaskOptions, work: Work, max_failures: int) -> Any:

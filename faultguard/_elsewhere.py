@@ -27,6 +27,7 @@ __all__ = ["BegunError", "Elsewhere", "NotBegunError", "failed_on", "failures_be
 
 FAILURES = 2
 NODES_TRIED = 3
+RETRIES_THERE = 1000  # more than an attempt there may have in its process: whoever comes after it is the later one
 SLOW_S = 600.0  # before a node on which an attempt has not begun in time is tried again
 LOOK_S = 1.0  # Ray's head takes milliseconds to say where there is room: too long for what fails again and again
 
@@ -117,7 +118,7 @@ class Elsewhere:
         if self.waits:
             leave()
         tried = {self.node_id, *_slow_nodes()}  # Ray takes a dead node for alive for a while
-        for sent in range(local_retry, local_retry + NODES_TRIED):
+        for sent in range(local_retry, local_retry + NODES_TRIED * RETRIES_THERE, RETRIES_THERE):
             self.beside = -1
             node_id = _ray.node_with_room(tried)
             if not node_id:
@@ -129,10 +130,10 @@ class Elsewhere:
             except _ray.LateError as error:
                 self.beside = sent
                 _slow_until[node_id] = time.monotonic() + SLOW_S
-                raise NotBegunError(sent + 1) from error  # the next node would not be sooner, where Ray takes this one for dead
+                raise NotBegunError(sent + RETRIES_THERE) from error  # the next node would not be sooner, where Ray takes this one for dead
             except _NotThereError:
                 continue
-        raise NotBegunError(local_retry + NODES_TRIED)
+        raise NotBegunError(local_retry + NODES_TRIED * RETRIES_THERE)
 
     def _submit(self, node_id: str, local_retry: int) -> Any:
         text = f"'{self.worker}' failed {FAILURES} times in a row on node {self.node_id[:8]}; its next attempt runs on node {node_id[:8]}."
@@ -149,11 +150,16 @@ class Elsewhere:
         except _ray.LateError:
             raise
         except Exception as error:
-            if not begun():
+            if begun() is False:
                 raise _NotThereError from error
             if isinstance(error, _ray.LostError):
                 leave()
             raise
+
+    def withdraw(self) -> None:
+        """Nobody will want to know what comes of the one that may yet begin."""
+        if self.beside >= 0:
+            _ray.cancel(self._ref)
 
 
 def _slow_nodes() -> list[str]:

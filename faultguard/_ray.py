@@ -346,17 +346,14 @@ def outcome_of(ref: Any, begins_s: float, begun: Callable[[], bool | None]) -> A
     Args:
         ref: of the value.
         begins_s: so long it may take to begin.
-        begun: asked then; None: that is not known, and asked again as late.
+        begun: asked then.
 
     Raises:
         LostError: it could not start, or its process died.
-        LateError: it has not begun.
+        LateError: it has not begun, as far as is known.
     """
     try:
-        has_begun: bool | None = None
-        while has_begun is None:
-            has_begun = bool(ray.wait([ref], timeout=begins_s)[0]) or begun()
-        if has_begun:
+        if ray.wait([ref], timeout=begins_s)[0] or begun():
             return ray.get(ref)
     except ray.exceptions.RayTaskError as error:
         if type(error.cause) is ray.exceptions.TaskCancelledError:

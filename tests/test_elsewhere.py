@@ -14,9 +14,9 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 import faultguard
-from faultguard import _ray
+from faultguard import _elsewhere, _ray
 from faultguard._core.records import FailureRecord
-from faultguard._elsewhere import failed_on
+from faultguard._elsewhere import NotBegunError, failed_on
 from faultguard._recoverable import _may_move
 from tests.disks import where_it_is_another
 from tests.nodes import WORK, Nodes, alive, some_nodes
@@ -165,6 +165,60 @@ def test_two_in_a_row_count() -> None:
 def test_where_the_user_says_where_it_runs_there_it_runs(options: dict[str, Any], moves: bool) -> None:
     """Only what Ray may put anywhere goes elsewhere."""
     assert _may_move(options) is moves
+
+
+class Left(Exception):  # noqa: N818 - it is no error: the process is gone
+    """In the place of its end."""
+
+
+def leave() -> None:
+    """End the process."""
+    raise Left
+
+
+@pytest.mark.parametrize(
+    ("error", "begun", "raised"),
+    [
+        (_ray.LostError(), True, Left),
+        (_ray.LostError(), None, Left),
+        (_ray.LostError(), False, NotBegunError),
+        (ConnectionError(), True, ConnectionError),
+        (ConnectionError(), None, ConnectionError),
+        (ConnectionError(), False, NotBegunError),
+        (_ray.LateError(), False, NotBegunError),
+    ],
+)
+def test_what_goes_wrong_there(monkeypatch: pytest.MonkeyPatch, error: Exception, begun: bool | None, raised: type[Exception]) -> None:
+    """Before its claim it is nothing, and this attempt, the later one, goes on here; else, or if nobody knows, that came of it."""
+
+    def outcome_of(*_: Any) -> None:
+        raise error
+
+    withdrawn: list[Any] = []
+    monkeypatch.setattr(_ray, "node_with_room", lambda tried: next((node for node in "abcdefg" if node not in tried), ""))
+    monkeypatch.setattr(_ray, "outcome_of", outcome_of)
+    monkeypatch.setattr(_ray, "cancel", withdrawn.append)
+    monkeypatch.setattr(_elsewhere, "_slow_until", {})
+    sent: list[tuple[str, int]] = []
+
+    def submit(node_id: str, local_retry: int) -> str:
+        sent.append((node_id, local_retry))
+        return f"ref of {local_retry}"
+
+    there = _elsewhere.Elsewhere("w", "a", submit, 1.0)
+    with pytest.raises(raised) as caught:
+        there.run(2, lambda _: begun, leave)
+    late = isinstance(error, _ray.LateError)
+    assert [node for node, _ in sent] == (["b", "c", "d"] if begun is False and not late else ["b"])
+    assert there.beside == (2 if late else -1)
+    there.withdraw()
+    assert withdrawn == (["ref of 2"] if late else [])
+    if isinstance(caught.value, NotBegunError):
+        assert caught.value.local_retry > max(number for _, number in sent) + 100, "room for the retries in the process there"
+        sent.clear()
+        with pytest.raises(NotBegunError):
+            there.run(5000, lambda _: begun, leave)
+        assert sent[0] == ("c" if late else "b", 5000), "one that was late is left alone for a while"
 
 
 @pytest.mark.ray

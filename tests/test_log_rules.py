@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from faultguard._core import log as true_rules
 from faultguard._core.log import (
     MAX_READ_AT_ONCE,
+    Blocked,
     Claimant,
     Create,
     Delete,
@@ -24,8 +25,11 @@ from faultguard._core.log import (
     Reply,
     claim,
     give_back,
+    is_beside,
+    is_of_retry,
     load,
     may_claim,
+    newest_of_task,
     retain,
     retry_record,
     save,
@@ -361,9 +365,8 @@ class Store:
         assert record is not None
         return record
 
-    def run(self, procedure: Generator[Any, Any, Any]) -> Any:
-        """Carry a procedure out."""
-        reply: Any = None
+    def run(self, procedure: Generator[Any, Any, Any], reply: Any = None) -> Any:
+        """Carry a procedure out, from its beginning or from that reply on."""
         try:
             while True:
                 op = procedure.send(reply)
@@ -477,6 +480,7 @@ FAILED = record(6, "end", owner=CLAIM.owner, outcome=Outcome("failed"))
         (COMPLETED, claimant("t2", epoch=3, sent=True), "refuse"),
         (COMPLETED, claimant(attempt=1, retry=3, epoch=3, sent=True), "refuse"),
         (FAILED, claimant("t2", epoch=3, sent=True), "refuse"),
+        (COMPLETED, replace(claimant(sent=True), owner=CLAIM.owner), "outcome"),
         # the retry that was sent has begun, and its own ones after it: it is waited for, and says what came of it
         (CLAIM, claimant(attempt=1, retry=3, epoch=3, beside=2), "wait"),
         (CLAIM, claimant(attempt=1, retry=2, epoch=3, beside=1), "wait"),
@@ -492,6 +496,40 @@ FAILED = record(6, "end", owner=CLAIM.owner, outcome=Outcome("failed"))
 def test_who_may_claim(head: Record | None, me: Claimant, expected: str) -> None:
     """One task is ordered by Ray's attempts, tasks by who is known gone, drivers by epoch; an end gives its outcome or a start."""
     assert may_claim(head, me) == expected
+
+
+@pytest.mark.parametrize("first", ["there", "here"])
+def test_of_one_that_was_sent_and_one_that_went_on_one_is_granted(first: str) -> None:
+    """Both are about to create the same record, in either order: nobody is charged, and the other one knows whom it has met."""
+    store = Store()
+    held = held_by(store, claimant())
+    assert store.run(save(held, None, 0.0, ended=Ended("exception", charged=True), failure=FAILURE))
+    asks = {"there": claimant(retry=1, sent=True), "here": claimant(retry=2, beside=1)}
+    last = next(name for name in asks if name != first)
+    waits = claim(asks[last], 0.0)
+    op = next(waits)
+    while not isinstance(op, Create):
+        op = waits.send(store._answer(op))
+    assert held_by(store, asks[first]).charged == 1
+    answer = store.run(waits, store._answer(op))
+    assert isinstance(answer, Blocked if last == "here" else Refused)
+    assert is_beside(answer.head, asks[last]) is (last == "here")
+
+
+def test_who_was_sent_begins_nothing_without_what_it_was_to_follow() -> None:
+    """The log is gone: its run is over, and somebody has cleared up."""
+    with pytest.raises(CheckpointCorruptError, match="is gone"):
+        Store().run(claim(claimant(attempt=1, retry=3, sent=True), 0.0))
+
+
+def test_the_newest_of_a_task_is_known_below_claims_of_others() -> None:
+    """Who has ended for good may have been followed already."""
+    store = Store()
+    held = held_by(store, claimant())
+    assert store.run(save(held, None, 0.0, ended=Ended("exception", charged=True), failure=FAILURE, outcome=Outcome("failed")))
+    held_by(store, claimant("t2"))
+    assert is_of_retry(store.run(newest_of_task(claimant().owner)), claimant().owner, 0)
+    assert store.run(newest_of_task(claimant("t3").owner)) is None
 
 
 def test_what_the_ends_of_attempts_cost() -> None:

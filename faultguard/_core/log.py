@@ -43,6 +43,7 @@ __all__ = [
     "is_of_retry",
     "load",
     "may_claim",
+    "newest_of_task",
     "retain",
     "retention",
     "retry_record",
@@ -218,7 +219,7 @@ def may_claim(head: Record | None, me: Claimant) -> Verdict:  # noqa: PLR0911 - 
     owner = head.owner
     if is_beside(head, me):
         return "wait"
-    if me.sent and (head.kind == "end" or not same_task(owner, me.owner)):
+    if me.sent and owner.writer != me.owner.writer and (head.kind == "end" or not same_task(owner, me.owner)):
         return "refuse"
     if me.late:
         return "claim" if owner.writer == me.owner.writer else "refuse"
@@ -332,6 +333,15 @@ def _read(number: int) -> Generator[Op, Any, Record | Literal["absent", "damaged
     return decode_record(data, number) or "damaged"
 
 
+def newest_of_task(owner: Owner) -> Generator[Op, Any, Record | None]:
+    """The newest intact record of an attempt of that task, whoever has claimed the worker since."""
+    for number in sorted((yield List()), reverse=True):
+        record = yield from _read(number)
+        if isinstance(record, Record) and same_task(record.owner, owner):
+            return record
+    return None
+
+
 def _is_fresh(head: Record) -> bool:
     """Whether the record says explicitly that there is no state yet."""
     return head.snapshot is None and head.points_to == 0
@@ -359,6 +369,9 @@ def claim(me: Claimant, now: float) -> Generator[Op, Any, Granted | Finished | B
             return Refused(head)
         if head is not None and _is_unexplained(head, me):
             return Blocked(head, dead=True)
+        if head is None and me.sent:
+            msg = f"the log of worker {me.worker_id!r} is gone, with all that this attempt was to follow; it begins nothing"
+            raise CheckpointCorruptError(msg)
         number = max(loaded.numbers, default=0) + 1
         record = claim_record(me, loaded, number, now)
         created = yield from create(number, encode_record(record))
