@@ -79,7 +79,7 @@ def _eat(ballast: Path, over: threading.Event) -> None:
 
 
 @contextlib.contextmanager
-def small_disk(path: Path, size: str = "256k") -> Iterator[Disk]:
+def small_disk(path: Path, size: str = "4m") -> Iterator[Disk]:
     """Mount a disk of that size at `path`, which is made; skips the test where that is not permitted."""
     path.mkdir()
     _permitted(lambda: _mount("none", path, "tmpfs", 0, f"size={size}"), "a small disk")
