@@ -116,7 +116,13 @@ MEASURES: Table = {
     "unrecorded result lost": (0, lambda case: node_faults.result_lost(case, 1 << 21)),
 }
 SLOW: Table = {"long batch": (300, task_faults.long_batch)}  # only if it is asked for
+UNNOTICED: Table = {"other node frozen": (TIMEOUT_S, lambda case: node_faults.elsewhere(case, frozen=True))}
 IN_SHORT_MEMORY: Table = {"killed by the memory monitor": (0, inside("hoards", since="alive"))}
+
+
+def unnoticed() -> AbstractContextManager[Nodes]:
+    """Nodes that Ray takes for alive, whatever becomes of them."""
+    return some_nodes(health_check_failure_threshold=10**4)
 
 
 def short_of_memory() -> AbstractContextManager[Nodes]:
@@ -151,10 +157,13 @@ def main() -> None:
     """Measure and print, one line per fault."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--only", type=lambda text: text.split(","), default=[*MEASURES, *IN_SHORT_MEMORY], metavar="FAULT,...")
+    parser.add_argument("--only", type=lambda text: text.split(","), default=[*MEASURES, *UNNOTICED, *IN_SHORT_MEMORY], metavar="FAULT,...")
     options = parser.parse_args()
-    if unknown := set(options.only) - {*MEASURES, *SLOW, *IN_SHORT_MEMORY}:
-        parser.error(f"no such fault: {', '.join(sorted(unknown))}; there are {', '.join([*MEASURES, *SLOW, *IN_SHORT_MEMORY])}")
+    known = [*MEASURES, *SLOW, *UNNOTICED, *IN_SHORT_MEMORY]
+    if unknown := set(options.only) - {*known}:
+        parser.error(
+            f"no such fault: {', '.join(sorted(unknown))}; there are {', '.join([*MEASURES, *SLOW, *UNNOTICED, *IN_SHORT_MEMORY])}"
+        )
     os.environ["FAULTGUARD_STORE_PATIENCE"] = str(PATIENCE_S)
     print(
         f"heartbeat_interval {INTERVAL_S:g} s, heartbeat_timeout {TIMEOUT_S:g} s, stall_timeout {STALL_S:g} s, "
@@ -165,7 +174,7 @@ def main() -> None:
         contextlib.redirect_stdout(sys.stderr),  # where Ray tells of each crash
         tempfile.TemporaryDirectory(prefix="faultguard-bench-", dir="/var/tmp") as directory,
     ):
-        for cluster, table in ((some_nodes, {**MEASURES, **SLOW}), (short_of_memory, IN_SHORT_MEMORY)):
+        for cluster, table in ((some_nodes, {**MEASURES, **SLOW}), (unnoticed, UNNOTICED), (short_of_memory, IN_SHORT_MEMORY)):
             chosen = {name: row for name, row in table.items() if name in options.only}
             if chosen:
                 with cluster() as nodes:

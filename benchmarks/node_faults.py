@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
@@ -85,22 +86,28 @@ def drained_again(case: Case) -> float:
     return took
 
 
-def elsewhere(case: Case, *then: str, act: Act | None = None) -> float:
-    """From the second failure in a row on one node to the first batch on another one; or on, from what is done to that attempt there."""
+def elsewhere(case: Case, *then: str, act: Act | None = None, frozen: bool = False) -> float:
+    """From the second failure in a row on one node to the first batch on another one; or on, from what is done to that attempt there.
+
+    `frozen`: the other one is, and Ray does not notice it, so that the first batch is where the failures were.
+    """
     home, there = case.node, []
+    with contextlib.ExitStack() as stack:
 
-    def add() -> None:
-        node = case.nodes.add(1)
-        wait_until(lambda: ray.get(sees.options(scheduling_strategy=on(home)).remote(node.node_id), timeout=WAIT_S), WAIT_S)
-        wait_until(lambda: free_cpus(node) == 1, WAIT_S)
-        there.append(node)
-        case.trace.note("go", "")
+        def add() -> None:
+            node = case.nodes.add(1)
+            wait_until(lambda: ray.get(sees.options(scheduling_strategy=on(home)).remote(node.node_id), timeout=WAIT_S), WAIT_S)
+            wait_until(lambda: free_cpus(node) == 1, WAIT_S)
+            there.append(node)
+            if frozen:
+                stack.enter_context(case.nodes.frozen(node))
+            case.trace.note("go", "")
 
-    took = resumed(case, "exception when told", "exception", *then, first=add, act=act)
+        took = resumed(case, "exception when told", "exception", *then, first=add, act=act)
     (node,) = there
     end = _newest(case)
     last = end.failures[-1].node_id if then else end.owner.node_id
-    make_sure(last == node.node_id, "the attempt was not on another node")
+    make_sure(last == (home if frozen else node).node_id, "the attempt was not where it was to be")
     _remove(case, node)
     return took
 
