@@ -132,6 +132,7 @@ class Library:
         for module in (attempt, journal, worker, watcher, self.sentences):
             module._events = events
         stall._set_async = self._set_async
+        stall._take_back = lambda ident: self._set_async(ident, None)
         soon.os = SimpleNamespace(register_at_fork=lambda **_: None)
         watcher._marks = SimpleNamespace(write=lambda *_, **__: None, erase=lambda: None)
         worker._watcher, worker._beater = watcher, _Beater(self)
