@@ -97,13 +97,18 @@ def is_driver() -> bool:
     return bool(ray._private.worker.global_worker.mode != ray._private.worker.WORKER_MODE)  # noqa: SLF001 - no public name
 
 
+def job_id() -> str:
+    """The job that this process, or its task, belongs to."""
+    return str(ray.get_runtime_context().get_job_id())
+
+
 def identity() -> Identity:
     """The identity of the running task, or of the driver (attempt 0)."""
     context = ray.get_runtime_context()
     worker: Any = ray._private.worker.global_worker  # noqa: SLF001 - the attempt number has no public name
     in_task = worker.mode == ray._private.worker.WORKER_MODE  # noqa: SLF001
     return Identity(
-        job_id=context.get_job_id(),
+        job_id=job_id(),
         node_id=context.get_node_id(),
         task_id=(context.get_task_id() if in_task else None) or f"driver-{uuid.uuid4().hex}",  # each block there is new work
         attempt=worker.core_worker.get_current_task_attempt_number() if in_task else 0,

@@ -260,8 +260,6 @@ class RecoverableFunction(Generic[P, R]):
         ray_options: dict[str, Any],
         worker_id: str | None = None,
         *,
-        at_call: dict[str, Any] | None = None,
-        remotes: dict[int, Any] | None = None,
         afresh: bool = False,
     ) -> None:
         functools.update_wrapper(self, function)
@@ -270,9 +268,9 @@ class RecoverableFunction(Generic[P, R]):
         self._ray_options = ray_options
         self._worker_id = worker_id
         self._signature = inspect.signature(function)
-        self._at_call = at_call or {}  # what `.options()` gave to Ray
+        self._at_call: dict[str, Any] = {}  # what `.options()` gave to Ray
         self._afresh = afresh
-        self._remotes: dict[int, Any] = remotes if remotes is not None else {}  # exported once, whatever `.options()` says
+        self._remotes: dict[int, Any] = {}  # exported once: shared with what `.options()` gives
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """Run the function here, once, with its state in memory."""
@@ -343,11 +341,10 @@ class RecoverableFunction(Generic[P, R]):
             msg = f".options(num_returns={returns!r}) on a recoverable task is refused: a generator that resumes loses items; return a list"
             raise UsageError(msg)
         chosen = check_worker_id(worker_id) if worker_id is not None else self._worker_id
-        at_call = {**self._at_call, **ray_options}
-        afresh = self._afresh or resume == "never"
-        return RecoverableFunction(
-            self._function, self._options, self._ray_options, chosen, at_call=at_call, remotes=self._remotes, afresh=afresh
-        )
+        other = object.__new__(type(self))
+        vars(other).update(vars(self), _worker_id=chosen, _at_call={**self._at_call, **ray_options})
+        other._afresh = self._afresh or resume == "never"
+        return other
 
     def _header(self, settings: Settings, bound: inspect.BoundArguments, *, small: bool) -> _Header:
         worker_id = self._worker_id

@@ -166,7 +166,7 @@ def driver_settings_or_none() -> Settings | None:
         if _driver is None:
             return None
         settings, session = _driver
-        if _ray.is_ready() and (session, settings.job_id) != (_ray.session_name(), _ray.identity().job_id):
+        if _ray.is_ready() and (session, settings.job_id) != (_ray.session_name(), _ray.job_id()):
             from faultguard._run import shutdown
 
             shutdown()

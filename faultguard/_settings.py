@@ -79,7 +79,7 @@ def decode_settings(data: bytes) -> Settings:
 
 def settings_of_job() -> Settings | None:
     """The settings that the driver of this job published; None when it published none."""
-    data = _ray.kv_get(_KV_KEY.format(protocol=PROTOCOL, job_id=_ray.identity().job_id))
+    data = _ray.kv_get(_KV_KEY.format(protocol=PROTOCOL, job_id=_ray.job_id()))
     return decode_settings(data) if data is not None else None
 
 
@@ -190,7 +190,7 @@ def new_settings(checkpoint_dir: str | os.PathLike[str] | None, *, run: str | No
         run=run or f"{UNNAMED}{now:%Y%m%dT%H%M%S}-{secrets.token_hex(3)}",
         checkpoint_dir=directory,
         store_id=store_id(store),
-        job_id=_ray.identity().job_id,
+        job_id=_ray.job_id(),
         **values,
     )
 

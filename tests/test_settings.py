@@ -44,7 +44,7 @@ def no_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in (*DEFAULTS, "checkpoint_dir"):
         monkeypatch.delenv(f"FAULTGUARD_{name.upper()}", raising=False)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(_ray, "identity", lambda: IDENTITY)
+    monkeypatch.setattr(_ray, "job_id", lambda: IDENTITY.job_id)
 
 
 def test_every_option_is_tested_here() -> None:

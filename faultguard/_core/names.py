@@ -16,6 +16,7 @@ _MAX_ID_BYTES: Final = 512
 _MAX_SEGMENT: Final = 200  # NAME_MAX is 255 bytes, and a temporary name wants some room
 _HASH_CHARS: Final = 32
 _SAFE: Final = frozenset(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_-.")
+_PLAIN: Final = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*")  # is encoded as it is
 _SEGMENT: Final = r"(?!\.)[^/\0]+"
 _KEY: Final = re.compile(f"{_SEGMENT}(?:/{_SEGMENT})*")
 _RECORD: Final = re.compile(r"([0-9]{9})\.json")
@@ -68,6 +69,8 @@ def encode_name(name: str) -> str:
     >>> encode_name("shard-7"), encode_name("../é")
     ('shard-7', '%2E.%2F%C3%A9')
     """
+    if len(name) <= _MAX_SEGMENT and _PLAIN.fullmatch(name):
+        return name
     if not name:
         msg = "an empty name has no path segment"
         raise ValueError(msg)
