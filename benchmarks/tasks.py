@@ -17,7 +17,7 @@ import faultguard
 from benchmarks.budget import Bench, Measured
 from benchmarks.cluster import cluster, entered_through, profiled, profiles
 from benchmarks.handle import plain_state
-from benchmarks.timing import DurableWriter, in_turn, median, ratio, us
+from benchmarks.timing import DurableWriter, in_turn, median, price_of_a_file, ratio, us
 from faultguard.storage import STORE_KEY
 
 if TYPE_CHECKING:
@@ -79,12 +79,13 @@ def _square(number: int) -> int:
 
 
 def named(bench: Bench) -> Measured:
-    """The same in a named run, where each task has an id, and its outcome is kept: a claim and an end are durable.
+    """The same in a named run, where each task has an id: others see its claim before it begins, and its outcome is kept, durably.
 
     Beside it plain tasks that do nothing but make two such records durable: with one disk for all, that is most of the price. And the
     same with a store in memory, where it has none: the rest is ours.
     """
     tasks, rounds = (200, 2) if bench.quick else (2000, 5)
+    price = price_of_a_file(bench.directory, wait=not bench.quick)
     folder = bench.directory / "records"
     folder.mkdir()
     writer, numbers = ray.remote(_two_records), itertools.count()
@@ -99,6 +100,7 @@ def named(bench: Bench) -> Measured:
     details = [
         f"per task {us(each['plain'])} plain, {us(each['ours'])} ours; {tasks} tasks, medians of {rounds}",
         f"plain tasks that make two records durable themselves: {us(each['writes'])}, {ratio(on_disk, 'plain', 'writes'):.3f} x",
+        f"to make a file took {us(price)} before",
     ]
     if MEMORY.is_dir():
         with tempfile.TemporaryDirectory(prefix="faultguard-bench-", dir=MEMORY) as directory:
@@ -143,7 +145,7 @@ def _explain_named(bench: Bench) -> list[str]:
     with cluster(bench, run="profiled"), entered_through(profiled(folder)):
         task = faultguard.recoverable(ray.remote(_nothing))
         ray.get([task.options(worker_id=f"w{number}").remote() for number in range(200)], timeout=TIMEOUT_S)
-    return ["each task makes a claim and an end durable", *profiles(folder, skip_first=True)]
+    return ["each task makes a claim that others see, and an end that is durable", *profiles(folder, skip_first=True)]
 
 
 def _nothing() -> None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import cProfile
+import functools
 import io
+import itertools
 import os
 import pstats
 import statistics
+import sys
 import time
 from typing import TYPE_CHECKING
 
@@ -14,9 +17,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-__all__ = ["DurableWriter", "in_turn", "median", "profile", "ratio", "top", "us"]
+__all__ = ["DurableWriter", "in_turn", "median", "price_of_a_file", "profile", "ratio", "top", "us"]
 
 median = statistics.median
+RECENTLY_S = 420.0
+CHEAP_S = 60e-6
 
 
 def in_turn(rounds: int, **variants: Callable[[], float]) -> dict[str, list[float]]:
@@ -46,6 +51,24 @@ def timed(function: Callable[[], object], times: int = 1) -> float:
 def us(seconds: float) -> str:
     """Seconds as microseconds."""
     return f"{seconds * 1e6:.3g} µs"
+
+
+def price_of_a_file(directory: Path, *, wait: bool) -> float:
+    """Seconds that it takes to make a file here. With `wait` that is let fall first, for seven minutes at most.
+
+    ext4 looks at each inode that was deleted in the last five minutes before it takes another one: after a run of tests, or another
+    benchmark, that is most of what a small file costs, whoever makes it.
+    """
+    rest = directory / "prices"
+    rest.mkdir()
+    deadline = time.monotonic() + (RECENTLY_S if wait else 0.0)
+    for number in itertools.count():
+        seconds = median(timed(functools.partial((rest / f"{number}-{each}").touch)) for each in range(50))
+        if seconds <= CHEAP_S or time.monotonic() >= deadline:
+            return seconds
+        print(f"a file takes {us(seconds)} here, because many were deleted lately: waiting", file=sys.stderr, flush=True)
+        time.sleep(RECENTLY_S / 20)
+    raise AssertionError
 
 
 class DurableWriter:
