@@ -172,10 +172,10 @@ def _let_the_store_hang(trace: Trace) -> None:
     """From the next write on, until it is told to go on."""
     create = local.LocalStore.create
 
-    def hangs(self: local.LocalStore, key: str, data: bytes) -> bool:
+    def hangs(self: local.LocalStore, key: str, data: bytes, *, durable: bool = True) -> bool:
         _long(trace)
         local.LocalStore.create = create  # type: ignore[method-assign]
-        return create(self, key, data)
+        return create(self, key, data, durable=durable)
 
     local.LocalStore.create = hangs  # type: ignore[method-assign]
 

@@ -118,12 +118,14 @@ def open_worker(
     max_failures: int,
     local_retry: int = 0,
     leaves: bool = False,
+    volatile: bool = False,
     afresh: bool = False,
     elsewhere: Elsewhere | None = None,
 ) -> OpenWorker | rules.Finished:
     """Claim a worker and restore what it saved. `leaves`: Ray runs its task again when it leaves a node that is drained.
 
-    `afresh`: what other tasks have done under this id does not count. `elsewhere`: how its task gets, or has got, to another node.
+    `volatile`: its claim need not be durable, if it begins the log. `afresh`: what other tasks have done under this id does not count.
+    `elsewhere`: how its task gets, or has got, to another node.
 
     Raises:
         BegunError: an attempt that was sent to another node has begun.
@@ -131,10 +133,19 @@ def open_worker(
         DuplicateWorkerError: another live task holds the worker.
         CheckpointStoreError: there is no store here, or it has failed for too long.
     """
-    log, me = _claimant(settings, identity, options, worker_id, max_failures=max_failures, local_retry=local_retry, afresh=afresh)
-    me = replace(me, asks=identity.attempt > 0 or settings.named)  # also after the holder of another driver, whom nobody waits for
-    if elsewhere is not None:
-        me = replace(me, sent=elsewhere.waits, beside=elsewhere.beside)
+    log, me = _claimant(
+        settings,
+        identity,
+        options,
+        worker_id,
+        max_failures=max_failures,
+        local_retry=local_retry,
+        asks=identity.attempt > 0 or settings.named,  # also after the holder of another driver, whom nobody waits for
+        afresh=afresh,
+        volatile=volatile,
+        sent=elsewhere is not None and elsewhere.waits,
+        beside=elsewhere.beside if elsewhere is not None else -1,
+    )
     try:
         return _open(log, me, settings, identity, options, leaves=leaves)
     except BaseException as error:
@@ -152,9 +163,9 @@ def _claimant(
     *,
     max_failures: int,
     local_retry: int = 0,
-    afresh: bool = False,
+    **more: Any,
 ) -> tuple[StoredLog, rules.Claimant]:
-    """The log of a worker, and who this attempt is."""
+    """The log of a worker, and who this attempt is; `more` of a claimant."""
     log = StoredLog(_store(settings, identity, options.name, worker_id), settings.log_prefix(options.name, worker_id))
     process = this_process()
     owner = Owner(
@@ -175,9 +186,9 @@ def _claimant(
         worker_id=worker_id,
         max_failures=max_failures,
         named_run=settings.named,
-        afresh=afresh,
         policy=Policy(options.reset_on_progress, options.on_poison == "skip"),
         unrecorded=identity.attempt > 0 and worker_id == identity.task_id,
+        **more,
     )
 
 
@@ -193,7 +204,7 @@ def defer_worker(settings: Settings, identity: _ray.Identity, options: TaskOptio
     Raises:
         CheckpointStoreError: there is no store here.
     """
-    log, me = _claimant(settings, identity, options, worker_id, max_failures=max_failures)
+    log, me = _claimant(settings, identity, options, worker_id, max_failures=max_failures, late=True)
     schedule = Schedule(options.every, time.monotonic())
     handle = Checkpoint(
         run=settings.run, task=options.name, worker_id=worker_id, journal=None, snapshot=None, schedule=schedule, state=options.state
@@ -205,7 +216,7 @@ def defer_worker(settings: Settings, identity: _ray.Identity, options: TaskOptio
         patience_s=settings.store_patience,
         after_s=settings.defer,
         trouble=_StoreTrouble(options.name, worker_id, settings.store_patience),
-        claims=functools.partial(_claim_late, log, replace(me, late=True), settings, identity),
+        claims=functools.partial(_claim_late, log, me, settings, identity),
     )
 
 
@@ -280,7 +291,7 @@ def _give_back(log: StoredLog, owner: Owner, cause: str) -> None:
     held_here.pop(owner.writer, None)
     try:
         head = log.newest()
-        if head is not None and head.owner.writer == owner.writer and head.kind == "claim":
+        if head is not None and head.owner.writer == owner.writer and (head.snapshot, head.ended, head.outcome) == (None, None, None):
             log.run(rules.give_back(head, time.time(), Ended(cause, charged=False)))
     except Exception as trouble:  # noqa: BLE001 - what cut the claim goes on, whatever the store says
         text = f"worker {owner.writer} could not be given back: {trouble}"
@@ -461,6 +472,7 @@ def run_task(
                     max_failures=max_failures,
                     local_retry=local_retry,
                     leaves=True,
+                    volatile=not identity.attempt and options.stall_timeout_s is None,
                     afresh=work.afresh,
                     elsewhere=elsewhere,
                 )

@@ -166,6 +166,14 @@ class Deferred:
         """As of the journal; claims."""
         self.claim().journal.unpin()
 
+    def may_tell(self, *, durable: bool) -> bool:  # noqa: ARG002 - as of the journal
+        """There is no claim yet."""
+        return False
+
+    def settle(self) -> None:
+        """As of the journal; claims."""
+        self.claim()
+
     def look(self) -> None:
         """As of the journal; claims."""
         self.claim()

@@ -85,7 +85,6 @@ class Checkpoint:
         self.resumed: bool = snapshot is not None
         self.total_batches: int | None = None
         self._claim = token
-        self._deferred: Deferred | None = None
         self._life = (instance, life) if instance else (life,)
         self._journal = journal
         self._schedule = schedule
@@ -116,8 +115,16 @@ class Checkpoint:
 
     @property
     def token(self) -> int:
-        """Fencing token."""
-        self._claim_first()
+        """Fencing token: grows with every attempt, and no other attempt ever gets it.
+
+        Makes the claim durable when it is asked for the first time, which is one write at most.
+
+        Raises:
+            UsageError: a forked process asks, and the claim was not durable when it began: ask in its parent before.
+            SupersededError: a later attempt owns the worker.
+            CheckpointStoreError: the store has failed for too long.
+        """
+        self._claim_first("token", durable=True)
         return self._claim + self._epoch * TOKENS_PER_EPOCH
 
     @property
@@ -500,7 +507,7 @@ class Checkpoint:
         """A key for the commit of this batch to an external system: the same in every attempt, another one for every batch."""
         from faultguard._core.names import encode_name
 
-        self._claim_first()
+        self._claim_first("idempotency_key", durable=False)  # should the claim be lost, the next attempt has the same keys
         names = "/".join(encode_name(part) for part in (self.run, self.task, self.worker_id))
         is_open = self._cursors.is_open
         loops = (
@@ -612,20 +619,22 @@ class Checkpoint:
 
     def defer(self, deferred: Deferred) -> None:
         """Its worker is not claimed yet."""
-        self._journal = self._deferred = deferred
-        self.guard.on_timed = self._claim_first
+        self._journal = deferred
+        self.guard.on_timed = lambda: self._claim_first("section", durable=False)
 
-    def _claim_first(self) -> None:
+    def _claim_first(self, call: str, *, durable: bool) -> None:
         """What is asked for belongs to a claim."""
-        deferred = self._deferred  # another thread may claim at any moment
-        if deferred is not None:
-            deferred.claim()
+        journal = self._journal  # another thread may claim at any moment
+        if journal is not None and not journal.may_tell(durable=durable):
+            self._check_process(call)
+            with self.guard.paused():
+                journal.settle()
 
     def claimed(self, journal: Journal, token: int) -> None:
         """Now it is; from whatever thread."""
         self._claim = token
         journal.fields = self.fields
-        self._journal, self._deferred = journal, None
+        self._journal = journal
 
     def stop(self, error: Callable[[], BaseException]) -> None:
         """Let the next boundary take a snapshot and raise `error()`; from any thread. Again, should the loop not have looked."""
@@ -684,15 +693,18 @@ class Checkpoint:
         }
 
     def _check_open(self, call: str) -> None:
+        self._check_process(call)
+        if self._closed:
+            msg = f"{call}() on the handle of worker {self.worker_id!r} attempt {self.attempt} is refused: the attempt is over"
+            raise UsageError(msg)
+
+    def _check_process(self, call: str) -> None:
         if self._forks != _footguns.forks[0]:
             msg = (
                 f"{call}() on the handle of worker {self.worker_id!r} is refused in a forked process: the attempt is that of its parent, "
                 f"and two processes that save would each take the other for a later attempt. Give results back to the parent, and let it "
                 f"count: pool.map(f, batch) inside the loop"
             )
-            raise UsageError(msg)
-        if self._closed:
-            msg = f"{call}() on the handle of worker {self.worker_id!r} attempt {self.attempt} is refused: the attempt is over"
             raise UsageError(msg)
 
     def _boundary(self, batches: int = 1) -> None:

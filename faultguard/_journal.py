@@ -83,6 +83,7 @@ class Journal:
         self._newest: Snapshot | None = None  # taken by this attempt or an earlier one of this process
         self._begins: Place = ()  # the batch that began right after `_newest`, where that is recorded
         self._due = math.inf
+        self._settles_at = math.inf  # when to make the claim durable
         self._failing_since: float | None = None
         self._error: CheckpointStoreError | None = None
         self._tidy_at = math.inf  # when to delete what the saves have made superfluous
@@ -157,6 +158,31 @@ class Journal:
             self._due = NOW
             self._call_writer()
 
+    def may_tell(self, *, durable: bool) -> bool:
+        """Whether what belongs to the claim can be told; `durable`: also what a power failure must not give to another attempt."""
+        return not (durable and self.held.volatile)
+
+    def settle(self) -> None:
+        """The claim is to outlive a power failure, whose token somebody is told: durable on return.
+
+        Raises:
+            SupersededError: a later attempt owns the worker.
+            CheckpointStoreError: the store has failed for too long.
+        """
+        self._insist(self._settle)
+        self.raise_if_superseded()
+
+    def settle_soon(self) -> None:
+        """The same on the writer thread; from any thread."""
+        if self.held.volatile:
+            self._settles_at = NOW
+            self._call_writer()
+
+    def _settle(self) -> None:
+        """Under the lock. Any record will do; when the state is saved is not asked here."""
+        if self.held.volatile and not (self.superseded or self._closed or self._over):
+            self._outcome_of(self._save(None))
+
     def excuse(self, ended: Ended) -> None:
         """The end is near, and not the fault of this attempt: every save says so from now on, and the newest is written at once.
 
@@ -169,13 +195,16 @@ class Journal:
 
     def write_due(self, now: float) -> float:
         """On the writer thread: write the newest snapshot if it is due, delete what is superfluous. Returns when to come again."""
-        if now >= self._due:
+        if now >= min(self._due, self._settles_at):
             with self._lock:
-                self._due = math.inf
+                writes, self._settles_at = now >= self._due, math.inf
+                self._due = math.inf if writes else self._due
                 try:
                     if self._suspected:
                         self._look()
-                    self._write_newest()
+                    if writes:
+                        self._write_newest()
+                    self._settle()
                 except CheckpointStoreError as error:
                     self._due = now + STORE_RETRY_S
                     self._trouble(error, now)
@@ -183,7 +212,7 @@ class Journal:
                     self._failing_since = self._error = None
         if now >= self._tidy_at:
             self._tidy()
-        return min(self._due, self._tidy_at)
+        return min(self._due, self._settles_at, self._tidy_at)
 
     def raise_trouble(self) -> None:
         """At a boundary: tell the loop what the writer learned.
@@ -310,7 +339,7 @@ class Journal:
                 if self._over:  # closed meanwhile
                     _writer.remove(self)
         except RuntimeError as error:  # no thread can be started now: the next snapshot is another try
-            self._due = self._tidy_at = math.inf
+            self._due = self._settles_at = self._tidy_at = math.inf
             self._trouble(CheckpointStoreError(f"its writer thread could not start: {error}"), time.monotonic())
 
     def _tidy(self) -> None:

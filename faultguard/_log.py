@@ -66,8 +66,8 @@ class StoredLog:
 
     def _perform(self, op: Op) -> object:
         match op:
-            case Create(number, data):
-                return self._create(number, data)
+            case Create(number, data, durable):
+                return self._create(number, data, durable=durable)
             case Get(number):
                 return self.store.get(self.prefix + record_name(number))
             case List():
@@ -76,11 +76,13 @@ class StoredLog:
                 self.store.delete(self.prefix + record_name(number))
                 return None
 
-    def _create(self, number: int, data: bytes) -> Reply:
+    def _create(self, number: int, data: bytes, *, durable: bool) -> Reply:
+        key = self.prefix + record_name(number)
         try:
-            return Reply.CREATED if self.store.create(self.prefix + record_name(number), data) else Reply.EXISTS
+            created = self.store.create(key, data) if durable else self.store.create(key, data, durable=False)
         except AmbiguousReplyError:
             return Reply.AMBIGUOUS
+        return Reply.CREATED if created else Reply.EXISTS
 
     def numbers(self) -> list[int]:
         """Of all records, ascending."""

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NoReturn
 from faultguard import _beater, _events, _ray, _watcher
 from faultguard._core.records import Ended, FailureRecord
 from faultguard._core.silence import Held
+from faultguard._handle import TOKENS_PER_EPOCH
 from faultguard._sentences import place_of, say_quarantined
 from faultguard._stall import StallGuard, first_stack, stacks
 from faultguard._stops import CALLS, Cancelled, Drained, cancelled_here
@@ -47,7 +48,8 @@ class OpenWorker:
         self._status = ""
         self._announced = False
         self.mark_every_s: float = settings.heartbeat_interval
-        self.held: Held = Held(handle.task, handle.worker_id, handle.token, handle.run, handle.attempt)
+        token = journal.held.token + settings.epoch * TOKENS_PER_EPOCH  # not that of the handle: nobody is told yet
+        self.held: Held = Held(handle.task, handle.worker_id, token, handle.run, handle.attempt)
         held_here[journal.held.owner.writer] = self
         self.guard.on_timed = self._timed
         self.guard.on_change = self._remark
@@ -105,6 +107,7 @@ class OpenWorker:
 
     def begins(self) -> None:
         """It works for longer than a moment: from now on the process says on its node, too, that it lives."""
+        self.journal.settle_soon()
         self._watched()
         _watcher.mark(self)
 

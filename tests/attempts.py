@@ -145,11 +145,19 @@ class Worker:
         self.task_id = uuid.uuid4().hex
         self.ray_attempt = -1
 
-    def attempt(self, *, every: Every = 1, state: dict[str, Any] | None = None, keep: int = 3, schedule: Schedule | None = None) -> Attempt:
+    def attempt(
+        self,
+        *,
+        every: Every = 1,
+        state: dict[str, Any] | None = None,
+        keep: int = 3,
+        schedule: Schedule | None = None,
+        volatile: bool = False,
+    ) -> Attempt:
         """Ray's next attempt: claims the worker and restores it."""
         self.ray_attempt += 1
         owner = Owner(uuid.uuid4().hex, task_id=self.task_id, ray_attempt=self.ray_attempt)
-        claimant = rules.Claimant(owner, TASK, self.worker_id, max_failures=-1, policy=self.policy)
+        claimant = rules.Claimant(owner, TASK, self.worker_id, max_failures=-1, policy=self.policy, volatile=volatile)
         granted = self.log.run(rules.claim(claimant, time.time()))
         assert isinstance(granted, rules.Granted), granted
         return Attempt(self.log, granted.held, schedule or Schedule(every, time.monotonic()), state, keep, self.patience_s)

@@ -113,12 +113,12 @@ def waits(worker: str) -> bool:
 def _note_writes(trace: Trace, worker: str) -> None:
     """Note every save of the worker, seen from the store: how many batches it holds, when it begins, and when it is durable."""
 
-    def create(store: local.LocalStore, key: str, data: bytes) -> bool:
+    def create(store: local.LocalStore, key: str, data: bytes, *, durable: bool = True) -> bool:
         record = decode_record(data, int(Path(key).stem)) if f"/{worker}/" in key else None
         if record is None or record.snapshot is None:
-            return _create(store, key, data)
+            return _create(store, key, data, durable=durable)
         trace.note("writing", worker, attempt=record.attempt, batch=record.snapshot.batch)
-        created = _create(store, key, data)
+        created = _create(store, key, data, durable=durable)
         if created:
             trace.note("write", worker, attempt=record.attempt, batch=record.snapshot.batch)
         return created

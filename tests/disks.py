@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import subprocess
 import threading
 import time
 from pathlib import Path
@@ -19,6 +20,7 @@ MS_RDONLY, MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE = 1, 32, 4096, 16384, 1 << 18
 MNT_DETACH = 2
 CLONE_NEWNS, CLONE_FS = 0x20000, 0x200
 PAGE = 4096
+TOOL_S = 60
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -87,6 +89,46 @@ def small_disk(path: Path, size: str = "4m") -> Iterator[Disk]:
         yield Disk(path)
     finally:
         _call("umount2", os.fsencode(path), MNT_DETACH)
+
+
+class LoopDisk:
+    """A file system of its own, in a file: it can be cut off from its disk as a failure of the power does it."""
+
+    def __init__(self, path: Path, image: Path) -> None:
+        self.path = path
+        self._image = image
+
+    def mount(self) -> None:
+        """As the kernel finds it: the journal is replayed."""
+        subprocess.run(["mount", "-o", "loop", self._image, self.path], check=True, capture_output=True, timeout=TOOL_S)
+
+    def unmount(self) -> None:
+        """Let go of it."""
+        subprocess.run(["umount", self.path], check=True, capture_output=True, timeout=TOOL_S)
+
+    def mount_again(self) -> None:
+        """After whatever has happened to it."""
+        self.unmount()
+        self.mount()
+
+
+@contextlib.contextmanager
+def loop_disk(path: Path, megabytes: int = 32) -> Iterator[LoopDisk]:
+    """Make an ext4 file system in a file and mount it at `path`, which is made; skips the test where that cannot be."""
+    path.mkdir()
+    image = path.with_suffix(".img")
+    with image.open("wb") as file:
+        file.truncate(megabytes << 20)
+    disk = LoopDisk(path, image)
+    try:
+        subprocess.run(["mkfs.ext4", "-q", "-F", image], check=True, capture_output=True, timeout=TOOL_S)
+        disk.mount()
+    except (FileNotFoundError, subprocess.CalledProcessError) as error:
+        missing(f"a file system in a file, because it cannot be made or mounted here: {error}")
+    try:
+        yield disk
+    finally:
+        disk.unmount()
 
 
 @contextlib.contextmanager

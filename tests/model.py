@@ -948,8 +948,8 @@ VARIANTS = {
     ),
     "second create believed at once": Variant(
         "faultguard._core.log",
-        "if create and (yield Create(number, data)) is Reply.CREATED and not again:",
-        "if create and (yield Create(number, data)) is Reply.CREATED:",
+        "if create and (yield Create(number, data, durable)) is Reply.CREATED and not again:",
+        "if create and (yield Create(number, data, durable)) is Reply.CREATED:",
     ),
     "own late record taken for a successor": Variant(
         "faultguard._core.log",

@@ -100,6 +100,15 @@ for number in range(1, 6):
         store.delete(old)
 """
 
+VOLATILE = """
+first, second = ["run/task/w/%09d.json" % number for number in (1, 2)]
+assert store.create(first, payload(first), durable=False)
+ack("seen")
+assert store.list("run/") == [first]
+assert {again}.create(second, payload(second))
+ack(second)
+"""
+
 KINDS = ["file", "directory", "parent", "parent of parent", "root", "above", "base"]
 
 
@@ -155,6 +164,61 @@ def test_what_a_reader_is_told_survives(tmp_path: Path, read: str) -> None:
     assert enumerate_crashes(script(UNFINISHED, told), fresh(tmp_path), check) >= 8
     with pytest.raises(AssertionError, match="lost"):
         enumerate_crashes(script(UNFINISHED, "\nskip('directory')\n", told), fresh(tmp_path), check)
+
+
+@pytest.mark.parametrize("again", ["store", "LocalStore(root)"], ids=["the same process", "another one"])
+def test_what_need_not_be_durable_takes_nothing_with_it(tmp_path: Path, again: str) -> None:
+    """A record that need not survive a crash is gone, or torn, after some; the next one, whoever makes it, is whole after all."""
+    states: set[str] = set()
+
+    def looks(path: Path, acks: list[str]) -> None:
+        log = path / "made" / "store" / "run" / "task" / "w"
+        for name in ("000000001.json", "000000002.json"):
+            file, key = log / name, f"run/task/w/{name}"
+            whole = file.exists() and file.read_bytes() == (key * 100).encode()
+            assert whole or key not in acks, f"{key} is lost"
+            assert whole or name.endswith("1.json") or not file.exists(), f"{key} is torn"
+            if name.endswith("1.json") and "seen" in acks:
+                states.add("whole" if whole else "torn" if file.exists() else "gone")
+
+    assert enumerate_crashes(script(VOLATILE.format(again=again)), fresh(tmp_path), looks) >= 8
+    assert states == {"whole", "torn", "gone"}
+
+
+def test_what_another_one_has_made_beside_it_is_durable_when_it_is_told(tmp_path: Path) -> None:
+    """A record of somebody who died before the fsync of the directory, above one that need not be durable."""
+    other = """
+import subprocess
+first, second = ["run/task/w/%09d.json" % number for number in (1, 2)]
+assert store.create(first, payload(first), durable=False)
+store.list("run/")
+def die(step, key):
+    if step == "before_dir_fsync":
+        raise InterruptedError
+from faultguard.storage import local
+local.step_hook = die
+try:
+    LocalStore(root).create(second, payload(second))
+except Exception:
+    pass
+local.step_hook = None
+assert store.list("run/") == [first, second]
+ack(second)
+"""
+
+    def looks(path: Path, acks: list[str]) -> None:
+        file = path / "made" / "store" / "run" / "task" / "w" / "000000002.json"
+        assert file.exists() or not [ack for ack in acks if ack.startswith("run/")], "the second one is lost"
+
+    assert enumerate_crashes(script(other), fresh(tmp_path), looks) >= 8
+
+
+def test_what_need_not_be_durable_is_so_where_nodes_may_share_it(tmp_path: Path) -> None:
+    """A file system without nameless files may be one of several nodes: there one that fails would take the content from the others."""
+    first = "key = 'run/task/w/000000001.json'\nassert store.create(key, payload(key), durable=False)\nack(key)\n"
+    assert enumerate_crashes(script(first, tmpfile=False), fresh(tmp_path), check) >= 8
+    with pytest.raises(AssertionError, match=r"lost|torn"):
+        enumerate_crashes(script(first), fresh(tmp_path), check)
 
 
 @pytest.mark.parametrize("listing", ["assert second in LocalStore(root).list('run/')", ""], ids=["listed", "not listed"])

@@ -48,21 +48,25 @@ class Flaky:
         self._store = store
         self.url = store.url
         self.creates = 0
+        self.durable: list[bool] = []  # whether each had to be
         self.broken = False
         self.errors = 0  # so many calls fail
         self.mute = False  # creates take place, and nothing is answered
         self.deletes = True
+        self.asked: Callable[[], object] = lambda: None  # told of each create
         self.gate: threading.Event | None = None  # creates wait for it
         self.waiting = threading.Event()
 
-    def create(self, key: str, data: bytes) -> bool:
+    def create(self, key: str, data: bytes, *, durable: bool = True) -> bool:
         """See `Store.create`."""
         self.creates += 1
+        self.asked()
         if self.gate is not None:
             self.waiting.set()
             assert self.gate.wait(BOUND_S)
         self._answer()
-        created = self._store.create(key, data)
+        self.durable.append(durable)
+        created = self._store.create(key, data, durable=durable)
         if self.mute:
             self.broken = True
             raise AmbiguousReplyError("no answer")
@@ -107,6 +111,81 @@ def advance(attempt: Attempt, n: int = 1) -> None:
     """Do batches, each of which is durable."""
     for _ in range(n):
         attempt.ckpt.advance(wait=True)
+
+
+# --- claims that a power failure can take ---------------------------------------------------------------------------
+
+
+def test_a_token_is_told_when_it_is_durable(store: Store) -> None:
+    """A claim that is not durable is followed by a record that is, and no time of the batch passes meanwhile; later it costs nothing."""
+    flaky = Flaky(store)
+    attempt = Worker(flaky, patience_s=0.0).attempt(volatile=True)
+    ckpt = attempt.ckpt
+    assert ckpt.idempotency_key().endswith("/start")
+    assert flaky.durable == [False], "a key is the same in every attempt: it needs no claim that is durable"
+    flaky.broken = True
+    for _ in range(2):
+        with pytest.raises(CheckpointStoreError, match="the disk is full"):
+            _ = ckpt.token
+    flaky.broken, timed = False, []
+    ckpt.guard.limit(5.0)
+    for _ in ckpt.batches(range(1)):
+        assert ckpt.guard.look()[0] is not None
+        flaky.asked = lambda: timed.append(ckpt.guard.look()[0])
+        assert ckpt.token == ckpt.token == 1
+        flaky.asked = lambda: None
+    assert set(timed) == {None}
+    assert flaky.durable[:2] == [False, True]
+
+
+def test_a_claim_becomes_durable_beside_the_loop(store: Store) -> None:
+    """Whoever works for longer than a moment has a durable record, though nothing is saved yet."""
+    flaky = Flaky(store)
+    worker = Worker(flaky)
+    attempt = worker.attempt(volatile=True, every=1000)
+    attempt.journal.settle_soon()
+    wait_until(lambda: flaky.durable == [False, True])
+    wait_until(lambda: not attempt.journal.held.volatile)
+    attempt.journal.settle_soon()
+    attempt.journal.settle()
+    assert attempt.ckpt.token == 1
+    assert flaky.durable == [False, True]
+    assert [(record.kind, record.snapshot) for record in worker.records()] == [("claim", None), ("save", None)]
+
+
+def test_that_a_claim_becomes_durable_is_no_save(store: Store) -> None:
+    """When the state is due goes by what the user has asked for."""
+    worker = Worker(store)
+    attempt = worker.attempt(volatile=True, every=2)
+    attempt.ckpt.advance()
+    attempt.journal.settle_soon()
+    wait_until(lambda: len(worker.records()) == 2)
+    assert worker.records()[-1].snapshot is None
+    attempt.ckpt.advance()
+    wait_until(lambda: worker.records()[-1].snapshot is not None)
+    assert batch_of(worker) == 2
+
+
+def test_a_loop_that_is_superseded_is_told_so_when_it_asks_for_its_token(store: Store) -> None:
+    """Somebody has claimed the worker before its own claim was durable: its token is nobody's fence any more."""
+    worker = Worker(store)
+    attempt = worker.attempt(volatile=True)
+    assert worker.attempt().ckpt.token == 2
+    with pytest.raises(SupersededError):
+        _ = attempt.ckpt.token
+
+
+def test_the_end_of_a_short_task_makes_its_claim_superfluous(store: Store) -> None:
+    """Two records, of which one had to be durable."""
+    flaky = Flaky(store)
+    worker = Worker(flaky)
+    attempt = worker.attempt(volatile=True)
+    attempt.journal.end(Outcome("completed"), None)
+    assert flaky.durable == [False, True]
+    assert [record.kind for record in worker.records()] == ["claim", "end"]
+    attempt.journal.settle_soon()
+    attempt.journal.settle()
+    assert flaky.durable == [False, True]
 
 
 # --- retention ------------------------------------------------------------------------------------------------------

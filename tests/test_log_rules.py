@@ -516,6 +516,60 @@ def test_of_one_that_was_sent_and_one_that_went_on_one_is_granted(first: str) ->
     assert is_beside(answer.head, asks[last]) is (last == "here")
 
 
+@pytest.mark.parametrize("word", ["save", "end", "give back", "retry"])
+def test_only_the_claim_of_an_empty_log_is_volatile_and_any_record_ends_that(word: str) -> None:
+    """What one may not be told before it is durable, one may be told after the next record, whatever that is."""
+    store, me = Store(), claimant(volatile=True)
+    held = held_by(store, me)
+    assert [op.durable for op in store.asked if isinstance(op, Create)] == [False]
+    assert held.volatile
+    if word == "save":
+        store.run(save(held, None, 1.0))
+    elif word == "end":
+        store.run(save(held, snapshot(1), 1.0, outcome=Outcome("completed")))
+    elif word == "retry":
+        store.run(retry_record(held, None, FailureRecord("exception", 1, 0), 1.0))
+    else:
+        store.run(give_back(store[1], 1.0, Ended("exit", charged=False)))
+        held = held_by(store, claimant(attempt=1, volatile=True))
+    assert not held.volatile
+    assert [op.durable for op in store.asked if isinstance(op, Create)][1:].count(False) == 0
+
+
+def test_a_claim_over_an_unanswered_create_is_as_durable_as_the_first_try() -> None:
+    """The second try of a volatile claim is volatile, too."""
+    store = Store(replies=(Reply.AMBIGUOUS,))
+    assert held_by(store, claimant(volatile=True)).volatile
+    assert [op.durable for op in store.asked if isinstance(op, Create)] == [False, False]
+
+
+@pytest.mark.parametrize("left", [b"", bytes(300)], ids=["empty", "zeros"])
+def test_a_claim_that_the_power_took_is_none(left: bytes) -> None:
+    """Its name may be left: the next one begins anew, durably, and nothing is said to be damaged."""
+    store = Store()
+    store.records[1] = left
+    granted = store.run(claim(claimant(volatile=True), 0.0))
+    assert (granted.held.token, granted.held.attempt, granted.held.charged, granted.held.volatile) == (2, 1, 0, False)
+    assert (granted.head, granted.snapshot, granted.damaged) == (None, None, ())
+
+
+def test_a_damaged_first_record_is_no_empty_log() -> None:
+    """Only what has no content at all can be left by a power failure."""
+    store = Store(record(1, "claim"))
+    store.damage(1)
+    with pytest.raises(CheckpointCorruptError):
+        store.run(claim(claimant(task="t2"), 0.0))
+
+
+def test_below_a_later_record_a_claim_without_content_is_never_asked_for() -> None:
+    """A save that repeats that there is no state yet stands for the claim."""
+    store, me = Store(), claimant(volatile=True)
+    store.run(save(held_by(store, me), None, 1.0))
+    store.records[1] = b""
+    granted = store.run(claim(claimant(attempt=1), 2.0))
+    assert (granted.held.token, granted.held.attempt, granted.held.charged, granted.damaged) == (3, 2, 1, ())
+
+
 def test_who_was_sent_begins_nothing_without_what_it_was_to_follow() -> None:
     """The log is gone: its run is over, and somebody has cleared up."""
     with pytest.raises(CheckpointCorruptError, match="is gone"):
@@ -684,6 +738,15 @@ def test_a_settled_retry_is_taken_over_whole() -> None:
     arrives_late(store, retry_record(held, snapshot(1), FAILURE, 0.0))
     assert store.run(save(held, snapshot(2), 0.0))
     assert (store[3].token, store[3].charged, store[3].attempt, store[3].owner.local_retry) == (2, 1, 2, 1)
+
+
+def test_a_claim_that_was_made_durable_is_given_back_all_the_same() -> None:
+    """The note is of its attempt and token, and the next one is not charged."""
+    store = Store()
+    store.run(save(held_by(store, claimant(volatile=True)), None, 1.0))
+    assert store.run(give_back(store[2], 2.0, Ended("cancelled", charged=False)))
+    assert (store[3].kind, store[3].token, store[3].attempt, store[3].ended) == ("save", 1, 1, Ended("cancelled", charged=False))
+    assert held_by(store, claimant(attempt=1)).charged == 0
 
 
 def test_a_claim_is_given_back_once_and_only_by_its_owner() -> None:

@@ -654,8 +654,8 @@ def test_failed_write_is_not_taken_for_a_successor(place: Place, monkeypatch: py
     store = open_store(place.path)
     create = type(store).create
 
-    def create_and_fail(self: Any, key: str, data: bytes) -> bool:
-        create(self, key, data)
+    def create_and_fail(self: Any, key: str, data: bytes, **how: Any) -> bool:
+        create(self, key, data, **how)
         raise CheckpointStoreError("the reply was lost")
 
     with monkeypatch.context() as patch:

@@ -101,6 +101,30 @@ def test_large_results(run: faultguard.Run, size: int) -> None:
     assert (outcome.status, outcome.recorded) == ("completed", size < _attempt.MAX_RESULT_BYTES)
 
 
+@faultguard.recoverable
+@ray.remote
+def works_until(path: str) -> str:
+    """Works, without a boundary, until a file is there."""
+    wait_until(Path(path).exists, WAIT_S)
+    return "result"
+
+
+@pytest.mark.ray
+def test_the_claim_of_a_worker_with_an_id_becomes_durable_while_it_works(run: faultguard.Run, tmp_path: Path) -> None:
+    """What is over in a moment leaves its claim and its end; what is not, makes a record that is durable in between."""
+    there, absent = tmp_path / "there", tmp_path / "absent"
+    there.touch()
+    assert get(works_until.options(worker_id="short").remote(str(there))) == "result"
+    assert [record.kind for record in records(run, "works_until", "short")] == ["claim", "end"]
+    working = works_until.options(worker_id="long").remote(str(absent))
+    wait_until(lambda: len(records(run, "works_until", "long")) > 1, WAIT_S)
+    absent.touch()
+    assert get(working) == "result"
+    first, durable, end = records(run, "works_until", "long")
+    assert [(record.kind, record.token, record.snapshot) for record in (first, durable)] == [("claim", 1, None), ("save", 1, None)]
+    assert end.kind == "end"
+
+
 # --- results that are asked for again, without Ray -------------------------------------------------------------------
 
 

@@ -186,9 +186,9 @@ def over_a_hanging_store(worker_id: str, n: int, trace: Trace) -> Any:
 
     ckpt, create = faultguard.current(), LocalStore.create
 
-    def hangs(self: LocalStore, key: str, data: bytes) -> bool:
+    def hangs(self: LocalStore, key: str, data: bytes, *, durable: bool = True) -> bool:
         wait_until(lambda: trace.notes("enough"), WAIT_S)
-        return create(self, key, data)
+        return create(self, key, data, durable=durable)
 
     try:
         for batch in ckpt.batches(range(n)):

@@ -103,13 +103,13 @@ class UnclearStore:
         self.url = store.url
         self.armed = ""
 
-    def create(self, key: str, data: bytes) -> bool:
+    def create(self, key: str, data: bytes, *, durable: bool = True) -> bool:
         """Create, freeze and lose the reply; or freeze and lose the request."""
         armed, self.armed = self.armed, ""
         if not armed:
-            return self._store.create(key, data)
+            return self._store.create(key, data, durable=durable)
         if armed == "created":
-            assert self._store.create(key, data)
+            assert self._store.create(key, data, durable=durable)
         stop_here()
         msg = "the reply was lost"
         raise AmbiguousReplyError(msg)

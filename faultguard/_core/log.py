@@ -58,6 +58,7 @@ MAX_CREATE_TRIES = 5
 MAX_RELISTINGS = 5  # that show nothing new
 MAX_LOAD_TRIES = 64
 MAX_READ_AT_ONCE = 32
+FIRST = 1  # the number of the first record of a log: always a claim, or the end of one that was never recorded
 MIN_KEEP = 2  # one damaged record must not cost everything
 
 
@@ -80,10 +81,14 @@ class Get:
 
 @dataclass(frozen=True, slots=True)
 class Create:
-    """Create a record unless there is one of that number; answered by a `Reply`."""
+    """Create a record unless there is one of that number; answered by a `Reply`.
+
+    Not `durable`: all who ask see it, and it need not survive a power failure, which ends all who have seen it.
+    """
 
     number: int
     data: bytes
+    durable: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +130,7 @@ class Claimant:
     late: bool = False  # it works already, and nobody knows: only an empty log is its own
     unrecorded: bool = False  # attempts before this one may have died before they claimed
     sent: bool = False  # by one that waits on another node, or does no longer: it follows what its own task has left, and nothing else
+    volatile: bool = False  # the claim of an empty log need not be durable: see `claim`
     beside: int = -1  # the local retry that its own task has sent to another node, and that may begin there at any moment
 
 
@@ -152,6 +158,7 @@ class Held:
     begins: Place = ()  # what `last` says
     predecessor: str = ""  # how the attempt before this one ended
     policy: Policy = PLAIN
+    volatile: bool = False  # the claim is all that is there, and need not survive a power failure: nobody may be told its token
 
     @property
     def budget(self) -> Budget:
@@ -293,7 +300,7 @@ def load(numbers: Iterable[int]) -> Generator[Op, Any, Loaded]:
     raise CheckpointStoreError(msg)
 
 
-def _load_once(numbers: list[int]) -> Generator[Op, Any, Loaded | None]:  # noqa: C901 - one walk, top down, is easier to follow
+def _load_once(numbers: list[int]) -> Generator[Op, Any, Loaded | None]:  # noqa: C901, PLR0911 - one walk, top down, is easier to follow
     """One reading, from the highest number down; None when something that must be there is absent."""
     if not numbers:
         return Loaded(None, None, 0, (), ())
@@ -306,7 +313,9 @@ def _load_once(numbers: list[int]) -> Generator[Op, Any, Loaded | None]:  # noqa
         record = yield from _read(number)
         if record == "absent":
             return None
-        if record == "damaged":
+        if record == "unwritten" and number == numbers[0]:
+            return Loaded(None, None, 0, (), (number,))
+        if not isinstance(record, Record):
             damaged.append(number)
         elif head is None:
             head = record
@@ -325,11 +334,13 @@ def _load_once(numbers: list[int]) -> Generator[Op, Any, Loaded | None]:  # noqa
     raise CheckpointCorruptError(msg, damaged=tuple(damaged))
 
 
-def _read(number: int) -> Generator[Op, Any, Record | Literal["absent", "damaged"]]:
-    """One record, verified."""
+def _read(number: int) -> Generator[Op, Any, Record | Literal["absent", "damaged", "unwritten"]]:
+    """One record, verified. Unwritten is what a power failure leaves of a volatile claim: its name, and no content."""
     data = yield Get(number)
     if data is None:
         return "absent"
+    if number == FIRST and not data.strip(b"\0"):
+        return "unwritten"
     return decode_record(data, number) or "damaged"
 
 
@@ -355,6 +366,9 @@ def claim(me: Claimant, now: float) -> Generator[Op, Any, Granted | Finished | B
 
     A claim is granted when its number is still the highest in a second listing. One that lost is left where it is: to
     remove it could open the number for somebody who saw the log before it.
+
+    That of an empty log may be volatile: it keeps others out at once. Should the power fail before anything else is recorded, it is
+    as if nobody had begun, and its token is given again; so it is recorded once more before anybody is told the token (`save`).
     """
     numbers = yield List(may_be_stale=True)
     for _ in range(MAX_CLAIM_TRIES):
@@ -374,12 +388,14 @@ def claim(me: Claimant, now: float) -> Generator[Op, Any, Granted | Finished | B
             raise CheckpointCorruptError(msg)
         number = max(loaded.numbers, default=0) + 1
         record = claim_record(me, loaded, number, now)
-        created = yield from create(number, encode_record(record))
+        volatile = me.volatile and number == FIRST
+        created = yield from create(number, encode_record(record), durable=not volatile)
         numbers = yield List()
         if created and max(numbers, default=0) == number:
             if record.kind == "end":
                 return Finished(record, now=True)
             held = _held(record, numbers, loaded, me.policy)
+            held.volatile = volatile
             return Granted(held, loaded.snapshot if record.points_to else None, head, loaded.damaged)
     msg = f"worker {me.worker_id!r} could not be claimed in {MAX_CLAIM_TRIES} tries: others go on claiming it at the same time"
     raise CheckpointStoreError(msg)
@@ -488,14 +504,14 @@ def replace_record(record: Record, **changes: Any) -> Record:
 def _held(record: Record, numbers: Iterable[int], loaded: Loaded, policy: Policy) -> Held:
     """The log as the one knows it who has just claimed it: of older records only the numbers."""
     known = dict.fromkeys(numbers, "unknown")
-    known[record.number] = "claim"
+    known[record.number] = _kind(record)
     if record.points_to:
         known[record.points_to] = "unknown"
     return Held(
         owner=record.owner,
         task=record.task,
         worker_id=record.worker_id,
-        token=record.number,
+        token=record.token,
         life=record.life,
         attempt=record.attempt,
         charged=record.charged,
@@ -634,7 +650,7 @@ def _append(held: Held, record: Record) -> Generator[Op, Any, bool]:
     held.unanswered = record  # until there is an answer: this procedure may be dropped at any op
     if not (yield from create(record.number, encode_record(record), again=again)):
         return False
-    held.unanswered = None
+    held.unanswered, held.volatile = None, False
     held.last, held.durable, held.owner, held.token = record.number, record.snapshot, record.owner, record.token
     held.attempt, held.charged, held.failures, held.saved_s = record.attempt, record.charged, record.failures, record.saved_s
     held.quarantined, held.begins = record.quarantined, record.begins
@@ -657,7 +673,7 @@ def _next_retry(owner: Owner) -> Owner:
     return Owner(**{**fields, "local_retry": owner.local_retry + 1})
 
 
-def create(number: int, data: bytes, *, again: bool = False) -> Generator[Op, Any, bool]:
+def create(number: int, data: bytes, *, again: bool = False, durable: bool = True) -> Generator[Op, Any, bool]:
     """Create a record of ours; False when somebody else's has that number or a higher one.
 
     "Exists" may be our own write, answered twice. After an unclear reply nothing is created again before a listing shows
@@ -667,7 +683,7 @@ def create(number: int, data: bytes, *, again: bool = False) -> Generator[Op, An
     """
     create = True
     for _ in range(MAX_CREATE_TRIES):
-        if create and (yield Create(number, data)) is Reply.CREATED and not again:
+        if create and (yield Create(number, data, durable)) is Reply.CREATED and not again:
             return True
         found = yield Get(number)
         if found is not None and (found != data or not again):

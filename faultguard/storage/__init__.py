@@ -27,6 +27,7 @@ class Store(Protocol):
 
     A key is segments joined by "/", already made safe by `encode_name`. What `get` or `list` shows, and what made `create`
     answer False, is durable, whoever wrote it: a record may point at another one only if that one cannot vanish in a crash.
+    The content of what was created with `durable=False` is not, so nothing may point at that.
 
     Attributes:
         url: what a user may be shown.
@@ -34,8 +35,11 @@ class Store(Protocol):
 
     url: str
 
-    def create(self, key: str, data: bytes) -> bool:
+    def create(self, key: str, data: bytes, *, durable: bool = True) -> bool:
         """Create `key`; True if this call did and it is durable, False if the key exists.
+
+        Not `durable`: all see it on return. A failure that ends all who can see it, such as of the power of the only node, may take
+        it, or its content; so may no other one.
 
         Raises:
             AmbiguousReplyError: it may exist now, or exists and may not survive a crash; read back.

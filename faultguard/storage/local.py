@@ -44,6 +44,7 @@ _MAX_SETTLED: Final = 10_000
 _LEFTOVER_AGE_S: Final = 86_400.0
 _EMPTY_WAIT_S: Final = 0.2
 _MAX_IDENTITY: Final = 1 << 12
+_OF_ONE_NODE: Final = frozenset({"ext2", "ext3", "ext4", "xfs", "btrfs", "f2fs", "zfs", "overlay", "tmpfs"})
 _NO_TMPFILE: Final = frozenset({errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOSYS})
 _NO_HARD_LINKS: Final = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK})
 # A link that failed so surely made nothing. After any other error (EIO, ETIMEDOUT, EINTR, ESTALE, ...) a server may have.
@@ -102,9 +103,11 @@ class LocalStore:
         """
         self.url = root
         self._root = os.path.realpath(root)
+        self._kind = _file_system(self._root)
         self._tmpfile = tmpfile
         self._unsafe = os.environ.get(UNSAFE_VARIABLE) == "1"
         self._settled: dict[str, _Witness] = {}
+        self._volatile: tuple[str, _Witness] | None = None  # the directory and the record that was made last, and need not be durable
         self._identity: bytes | None = None  # what says which store it is, once it was seen
 
     @classmethod
@@ -116,7 +119,7 @@ class LocalStore:
             CheckpointStoreError: it is not there, or cannot be written.
         """
         store = cls(root)
-        kind = _file_system(store._root)
+        kind = store._kind
         if kind.startswith("fuse") and not store._unsafe:
             msg = _untrusted(root, f"it is on a FUSE mount ({kind}), most of which do not make durable what they say is")
             raise UsageError(msg)
@@ -128,9 +131,9 @@ class LocalStore:
                 store._check_root()
         return store
 
-    def create(self, key: str, data: bytes) -> bool:
+    def create(self, key: str, data: bytes, *, durable: bool = True) -> bool:
         """See `Store.create`."""
-        return self._create(check_key(key), data)
+        return self._create(check_key(key), data, durable=durable)
 
     def get(self, key: str) -> bytes | None:
         """See `Store.get`."""
@@ -140,7 +143,7 @@ class LocalStore:
                 data = self._read(path)
                 _fsync_directory(path.rpartition("/")[0])
             except (FileNotFoundError, NotADirectoryError):
-                self._check_root()
+                self._check_place(path.rpartition("/")[0])
                 return None
             return data
 
@@ -154,7 +157,7 @@ class LocalStore:
                 keys += found
                 pending += inner
             if not keys:
-                self._check_root()
+                self._check_place(f"{self._root}/{prefix}".rstrip("/"))
         return sorted(keys)
 
     def delete(self, key: str) -> None:
@@ -168,14 +171,14 @@ class LocalStore:
 
     # -- create, step by step
 
-    def _create(self, key: str, data: bytes) -> bool:
+    def _create(self, key: str, data: bytes, *, durable: bool = True) -> bool:
         path = f"{self._root}/{key}"
         directory = path.rpartition("/")[0]
         with self._translated("created", path):
             try:
                 for _ in range(_MAX_TRIES):
                     try:
-                        return self._create_in(directory, key, data)
+                        return self._create_in(directory, key, data, durable=durable)
                     except FileNotFoundError:  # noqa: PERF203 - not made yet, or a `delete` of its last key removed it before the link
                         self._make(directory)
                 raise FileNotFoundError(errno.ENOENT, f"its directory was removed {_MAX_TRIES} times while it was written")
@@ -183,16 +186,17 @@ class LocalStore:
                 self._prune(directory)
                 raise
 
-    def _create_in(self, directory: str, key: str, data: bytes) -> bool:
+    def _create_in(self, directory: str, key: str, data: bytes, *, durable: bool) -> bool:
         # Everything below is done in this very directory, not in whatever has its name a moment later: once it is removed,
         # the link fails with ENOENT, even if another process has made it anew.
         directory_fd = os.open(directory, _DIRECTORY)
         try:
-            created, found, settled = self._write_and_link(directory, directory_fd, key, data)
+            created, found, settled = self._write_and_link(directory, directory_fd, key, data, durable=durable)
             _step("before_dir_fsync", key)
             try:
                 # Also if the key exists: its writer may have died before it did this, and our caller goes by what is there.
-                os.fsync(directory_fd)
+                if settled or not created:
+                    os.fsync(directory_fd)
             except OSError as error:
                 self._settled.pop(directory, None)  # the next create here starts with an fsync, and fails if that does
                 if not created:
@@ -204,20 +208,29 @@ class LocalStore:
         if created:
             witness = _Witness(f"{self._root}/{key}", found.st_dev, found.st_ino, found.st_mtime_ns)
             self._settled.update(dict.fromkeys(settled, witness))
+            if not settled:
+                self._volatile = (directory, witness)
         return created
 
-    def _write_and_link(self, directory: str, directory_fd: int, key: str, data: bytes) -> tuple[bool, os.stat_result, builtins.list[str]]:
-        """Give durable content its name: whether this call did, the file, and the directories that are durable with it."""
+    def _write_and_link(
+        self, directory: str, directory_fd: int, key: str, data: bytes, *, durable: bool
+    ) -> tuple[bool, os.stat_result, builtins.list[str]]:
+        """Give durable content its name: whether this call did, the file, and the directories that are durable with it.
+
+        What need not be durable is so all the same where other nodes may see it: one that fails would take the content from them.
+        """
         fd, temporary = self._open_temporary(directory_fd)
         try:
             _write(fd, data)
-            # If this fails, the kernel may have dropped the data and will call the next fsync of this file a success: the
-            # file is thrown away, and a caller that tries again gets another one.
-            os.fsync(fd)
+            settled: builtins.list[str] = []
+            if durable or temporary is not None or self._kind not in _OF_ONE_NODE:
+                # If this fails, the kernel may have dropped the data and will call the next fsync of this file a success: the
+                # file is thrown away, and a caller that tries again gets another one.
+                os.fsync(fd)
+                # Before the link: nobody may see a record whose directory a crash can take. After the fsync of the file, which has
+                # committed a new directory, too, where the file system has a journal.
+                settled = self._settle(directory, directory_fd)
             found = os.fstat(fd)
-            # Before the link: nobody may see a record whose directory a crash can take. After the fsync of the file, which has
-            # committed a new directory, too, where the file system has a journal.
-            settled = self._settle(directory, directory_fd)
             _step("before_link", key)
             created = self._link(fd, temporary, directory_fd, key)
             _step("after_link", key)
@@ -294,7 +307,8 @@ class LocalStore:
         """
         if self._is_settled(directory):
             return [directory]
-        if _remove_leftovers(os.listdir(directory_fd), directory_fd):
+        names = _remove_leftovers(os.listdir(directory_fd), directory_fd)
+        if names and not self._has_made_lately(directory, [f"{directory}/{name}" for name in names]):
             os.fsync(directory_fd)
         if len(self._settled) >= _MAX_SETTLED:
             self._settled.clear()
@@ -314,9 +328,14 @@ class LocalStore:
 
     def _make(self, directory: str) -> None:
         """Make `directory`, but never the root: a root that is gone is an unmounted disk or a removed store, not a new one."""
-        self._check_root()
+        self._check_place(directory)
         with suppress(FileNotFoundError, FileExistsError):  # raced with a `_prune`; the next try of `create` sees
             os.makedirs(directory, exist_ok=True)
+
+    def _check_place(self, directory: str) -> None:
+        """Check the root, if no record that this process has made beside `directory` shows that it is there."""
+        if self._identity is None or not self._is_settled(directory.rpartition("/")[0]):
+            self._check_root()
 
     def _check_root(self) -> None:
         """A store that is not there is not an empty one: a worker would start from zero, in another place.
@@ -368,9 +387,17 @@ class LocalStore:
         return keys, [f"{prefix}{name}/" for name in names if kinds[name]]
 
     def _has_made(self, prefix: str, keys: builtins.list[str]) -> bool:
-        """Whether these are one record that this process has made, and so is durable: the look of a claim that began a log."""
-        witness = self._settled.get(f"{self._root}/{prefix}".rstrip("/"))
-        return witness is not None and [f"{self._root}/{key}" for key in keys] == [witness.path] and witness.is_there()
+        """Whether these are one record of this process, durable or not in need of it: the look of a claim that began a log."""
+        directory, paths = f"{self._root}/{prefix}".rstrip("/"), [f"{self._root}/{key}" for key in keys]
+        witness = self._settled.get(directory)
+        if witness is None:
+            return self._has_made_lately(directory, paths)
+        return paths == [witness.path] and witness.is_there()
+
+    def _has_made_lately(self, directory: str, paths: builtins.list[str]) -> bool:
+        """Whether these are one record that this process has made, and that need not be durable."""
+        volatile = self._volatile
+        return volatile is not None and volatile[0] == directory and paths == [volatile[1].path] and volatile[1].is_there()
 
     # -- trust and complaints
 

@@ -22,7 +22,7 @@ class MemoryStore:
         self._objects: dict[str, bytes] = {}
         self._lock = threading.Lock()
 
-    def create(self, key: str, data: bytes) -> bool:
+    def create(self, key: str, data: bytes, *, durable: bool = True) -> bool:  # noqa: ARG002 - nothing here survives its process
         """See `Store.create`."""
         check_key(key)
         with self._lock:

@@ -46,5 +46,6 @@ BUGS: dict[str, Variant | Callable[[Library], None]] = {
     ),
     "absence of the process counts as a stall": Variant("faultguard._watcher", "awake = _clock.read(now)", "awake = now"),
     "stall that arrives after its batch": Variant("faultguard._stall", "_take_back(self._thread)", "pass"),
+    "token of a claim that a power failure can take": Variant("faultguard._journal", "self._insist(self._settle)", "pass"),
     "newest token wins": plant,
 }

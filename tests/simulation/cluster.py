@@ -107,6 +107,11 @@ class SimLedger(Ledger):
 class Sky(World):
     """The store of the model, whose records are those of the library's own handles."""
 
+    volatile: int | None = None  # the record that need not be durable
+
+    def _would_load(self) -> tuple[int, int, int]:
+        return super()._would_load() if any(self.records.values()) else (max(self.records, default=0), 1, 0)
+
     def check_whole(self, record: Record) -> None:
         """A saved state is that of a boundary, and counts each batch once (G9)."""
         if record.snapshot is None:
@@ -118,9 +123,31 @@ class Sky(World):
         if record.outcome is not None and record.outcome.status == "completed" and record.snapshot.batch != self.batches:
             raise Violation(f"G9: record {record.number} completes at batch {record.snapshot.batch} of {self.batches}")
 
-    def vanish(self, rng: random.Random, deleted: dict[int, bytes]) -> None:
-        """The power fails: what has no reply may be gone, what was deleted may come back."""
+    def perform(self, who: Incarnation, op: Any, fault: str, cut: float) -> Any:
+        """As of the model; it also knows what need not be durable."""
+        reply = super().perform(who, op, fault, cut)
+        if type(op).__name__ == "Create" and self.records.get(op.number) == op.data and not op.durable:
+            self.volatile = op.number
+        return reply
+
+    def vanish(self, rng: random.Random, deleted: dict[int, bytes], *, all_die: bool) -> None:
+        """The power fails: what has no reply may be gone, what was deleted may come back.
+
+        What need not be durable may be gone, if all who have seen it are; its name is durable with the next record above it.
+        """
         self.in_flight.clear()
+        number = self.volatile
+        if all_die and number is not None and rng.random() < 0.7:
+            self.say(f"record {number} is gone")
+            if max(self.records) > number or rng.random() < 0.5:
+                self.records[number] = b""
+            else:
+                self._delete(number)
+                self.landed = [old for old in self.landed if old.record.number != number]
+            if max(self.records, default=number) == number:  # nothing tells that anybody had begun
+                self.ledger.grants = [grant for grant in self.ledger.grants if grant.number != number]
+                self._truth = self._would_load()
+        self.volatile = None if all_die else number
         for number, data in deleted.items():
             if number not in self.records and rng.random() < 0.5:
                 self.say(f"record {number} is back")
@@ -219,6 +246,7 @@ class Cluster(Scheduler):
         self.outage_until = -math.inf
         self.deleted: dict[int, bytes] = {}
         self.final_token: int | None = None
+        self.told: dict[int, str] = {}  # who was given which token
         self._cpu_s = 0.0
 
     def live(self) -> list[str]:
@@ -329,6 +357,7 @@ class Cluster(Scheduler):
             if result.damaged:
                 raise Violation(f"{process.name} is told that {result.damaged} are damaged, and nothing is")
             process.held, process.life = result.held, result.held.life
+            self._check_new(process, result.held.token + process.task.epoch * 10**9)
             process.resumed_at = 0 if late or result.snapshot is None else result.snapshot.batch
             if process.begun:
                 world.ledger.begun[result.held.token] = process.last_begun
@@ -345,6 +374,10 @@ class Cluster(Scheduler):
                 raise Violation(f"{process.name} is kept out by a record of its own")
         elif procedure in {"save", "retry_record"} and result and process.held is not None:
             self._wrote(process, procedure)
+
+    def _check_new(self, process: Any, token: int) -> None:
+        if token in self.told:
+            raise Violation(f"G3: {process.name} gets token {token}, which {self.told[token]} was told")
 
     def _wrote(self, process: Any, procedure: str) -> None:
         held = process.held
@@ -365,11 +398,13 @@ class Cluster(Scheduler):
             ledger.unclaimed.append(process)
         process.begun = True
         batch = ckpt.current_batch
-        if process.held is not None and ckpt.token and batch != process.resumed_at:
+        if process.held is not None and batch != process.resumed_at:
             self.fails(Violation(f"G1: {process.name} was granted batch {process.resumed_at} and begins at {batch}"))
         wrong = whole(ckpt.state, batch, {position[-1] for position in ckpt.quarantined})
         if wrong:
             self.fails(Violation(f"G9: the state with which {process.name} begins {wrong}"))
+        if self.storm.asks and self.rng.random() < 0.5:
+            self._check_token(process, ckpt.token)
 
     def begins(self, process: Process, ckpt: Any, batch: int) -> None:
         """A batch is in hand."""
@@ -434,6 +469,7 @@ class Cluster(Scheduler):
     def _check_token(self, process: Process, token: int) -> None:
         if process.held is None or token % 10**9 != process.held.token:
             self.fails(Violation(f"G3: {process.name} is given token {token}, and holds {process.held and process.held.token}"))
+        self.told[token] = process.name
 
     def exits(self) -> None:
         """The process of the current strand ends at once."""
@@ -587,8 +623,9 @@ class Cluster(Scheduler):
 
     def _power_fails(self) -> None:
         self.world.say("the power fails")
-        self.world.vanish(self.rng, self.deleted)
-        if self.rng.random() < 0.7:
+        all_die = self.rng.random() < 0.7
+        self.world.vanish(self.rng, self.deleted, all_die=all_die)
+        if all_die:
             for home in self.homes:
                 if home.alive:
                     self.kill(home)
