@@ -472,7 +472,7 @@ def run_task(
                     max_failures=max_failures,
                     local_retry=local_retry,
                     leaves=True,
-                    volatile=not identity.attempt and options.stall_timeout_s is None,
+                    volatile=not identity.attempt and options.stall_timeout_s is None and settings.defer > 0,
                     afresh=work.afresh,
                     elsewhere=elsewhere,
                 )

@@ -44,6 +44,9 @@ class Source(Protocol):
     def settings(self) -> Settings:
         """Of its run."""
 
+    def lasts(self) -> None:
+        """It goes on for longer than a moment; from any thread, perhaps again. Must not wait, nor raise."""
+
     def begins(self) -> None:
         """It is going to beat for the first time; called on the beater's thread."""
 
@@ -77,6 +80,7 @@ class _Client:
     def join(self) -> None:
         """Beat from now on; from any thread, again is no harm."""
         _soon.remove(self)
+        self.source.lasts()
         self.joined = True
         _beater.add(self)
         if self.gone:  # meanwhile

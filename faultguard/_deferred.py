@@ -166,9 +166,10 @@ class Deferred:
         """As of the journal; claims."""
         self.claim().journal.unpin()
 
-    def may_tell(self, *, durable: bool) -> bool:  # noqa: ARG002 - as of the journal
+    @property
+    def is_volatile(self) -> bool:
         """There is no claim yet."""
-        return False
+        return True
 
     def settle(self) -> None:
         """As of the journal; claims."""

@@ -124,7 +124,7 @@ class Checkpoint:
             SupersededError: a later attempt owns the worker.
             CheckpointStoreError: the store has failed for too long.
         """
-        self._claim_first("token", durable=True)
+        self._claim_first("token")
         return self._claim + self._epoch * TOKENS_PER_EPOCH
 
     @property
@@ -507,7 +507,7 @@ class Checkpoint:
         """A key for the commit of this batch to an external system: the same in every attempt, another one for every batch."""
         from faultguard._core.names import encode_name
 
-        self._claim_first("idempotency_key", durable=False)  # should the claim be lost, the next attempt has the same keys
+        self._claim_first("idempotency_key")  # work that is started over has other keys: by its log
         names = "/".join(encode_name(part) for part in (self.run, self.task, self.worker_id))
         is_open = self._cursors.is_open
         loops = (
@@ -620,12 +620,12 @@ class Checkpoint:
     def defer(self, deferred: Deferred) -> None:
         """Its worker is not claimed yet."""
         self._journal = deferred
-        self.guard.on_timed = lambda: self._claim_first("section", durable=False)
+        self.guard.on_timed = lambda: self._claim_first("section")
 
-    def _claim_first(self, call: str, *, durable: bool) -> None:
-        """What is asked for belongs to a claim."""
+    def _claim_first(self, call: str) -> None:
+        """What is asked for belongs to a claim, and to one that no power failure takes."""
         journal = self._journal  # another thread may claim at any moment
-        if journal is not None and not journal.may_tell(durable=durable):
+        if journal is not None and journal.is_volatile:
             self._check_process(call)
             with self.guard.paused():
                 journal.settle()

@@ -19,7 +19,7 @@ from faultguard._core.budget import must_pin
 from faultguard._core.records import Ended
 from faultguard._core.schedule import NOW, snapshot_to_flush
 from faultguard._sidecar import Sidecar
-from faultguard.errors import CheckpointStoreError, OtherStoreError, SupersededError
+from faultguard.errors import CheckpointStoreError, OtherStoreError, SupersededError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -105,7 +105,7 @@ class Journal:
         self._newest = snapshot
         if self.superseded:
             self._schedule.look_at = NOW  # the schedule may just have looked the other way
-        elif due < self._due and (self._failing_since is None or self._due == math.inf):  # else it is tried again soon enough
+        elif due < self._due and (self._failing_since is None or self._due > time.monotonic() + STORE_RETRY_S):  # else it is soon enough
             self._due = due
             self._call_writer()
 
@@ -158,9 +158,10 @@ class Journal:
             self._due = NOW
             self._call_writer()
 
-    def may_tell(self, *, durable: bool) -> bool:
-        """Whether what belongs to the claim can be told; `durable`: also what a power failure must not give to another attempt."""
-        return not (durable and self.held.volatile)
+    @property
+    def is_volatile(self) -> bool:
+        """Whether a power failure may take the claim, and with it all that belongs to it."""
+        return self.held.volatile
 
     def settle(self) -> None:
         """The claim is to outlive a power failure, whose token somebody is told: durable on return.
@@ -168,9 +169,12 @@ class Journal:
         Raises:
             SupersededError: a later attempt owns the worker.
             CheckpointStoreError: the store has failed for too long.
+            UsageError: the attempt is over, and has left no record of its own.
         """
         self._insist(self._settle)
         self.raise_if_superseded()
+        if self.held.volatile:
+            raise UsageError(f"the handle of worker {self.held.worker_id!r} attempt {self.held.attempt} is refused: the attempt is over")
 
     def settle_soon(self) -> None:
         """The same on the writer thread; from any thread."""
@@ -198,7 +202,8 @@ class Journal:
         if now >= min(self._due, self._settles_at):
             with self._lock:
                 writes, self._settles_at = now >= self._due, math.inf
-                self._due = math.inf if writes else self._due
+                if writes:
+                    self._due = math.inf
                 try:
                     if self._suspected:
                         self._look()
@@ -206,7 +211,9 @@ class Journal:
                         self._write_newest()
                     self._settle()
                 except CheckpointStoreError as error:
-                    self._due = now + STORE_RETRY_S
+                    if writes:
+                        self._due = now + STORE_RETRY_S
+                    self._settles_at = now + STORE_RETRY_S
                     self._trouble(error, now)
                 else:
                     self._failing_since = self._error = None
@@ -339,7 +346,7 @@ class Journal:
                 if self._over:  # closed meanwhile
                     _writer.remove(self)
         except RuntimeError as error:  # no thread can be started now: the next snapshot is another try
-            self._due = self._settles_at = self._tidy_at = math.inf
+            self._due = self._tidy_at = math.inf  # a claim that is to be made durable stays so
             self._trouble(CheckpointStoreError(f"its writer thread could not start: {error}"), time.monotonic())
 
     def _tidy(self) -> None:

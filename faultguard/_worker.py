@@ -105,9 +105,12 @@ class OpenWorker:
             "cancels": self.settings.cancels,
         }
 
+    def lasts(self) -> None:
+        """It has worked for a moment, and goes on: a power failure is not to take its claim any more."""
+        self.journal.settle_soon()
+
     def begins(self) -> None:
         """It works for longer than a moment: from now on the process says on its node, too, that it lives."""
-        self.journal.settle_soon()
         self._watched()
         _watcher.mark(self)
 

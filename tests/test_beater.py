@@ -52,6 +52,7 @@ class FakeSource:
         self.worker_id = worker_id
         self.broken = broken
         self.asked = 0
+        self.lasted = 0
         self.replies: list[str] = []
 
     def told(self, reply: str) -> None:
@@ -80,6 +81,10 @@ class FakeSource:
             "last_checkpoint": None,
             "failure_count": 0,
         }
+
+    def lasts(self) -> None:
+        """Note that it was told so."""
+        self.lasted += 1
 
     def begins(self) -> None:
         """Nothing to do."""
@@ -190,6 +195,27 @@ def test_short_work_beats_not_at_all(fake: FakeManager, beating: Callable[[FakeS
     time.sleep(0.1)
     assert fake.calls == []
     assert source.asked == 0
+
+
+def test_what_lasts_is_told_so_whoever_listens(
+    monkeypatch: pytest.MonkeyPatch, fake: FakeManager, beating: Callable[[FakeSource], FakeSource]
+) -> None:
+    """After a tenth of a second, though the thread that beats stands still in a call: a power failure does not wait."""
+    stands = threading.Event()
+
+    def find_or_make(*_: object) -> None:
+        stands.wait(BOUND_S)
+        raise ManagerUnavailableError("it is not there")
+
+    monkeypatch.setattr(_beater, "find_or_make", find_or_make)
+    try:
+        first = beating(FakeSource(settings()))
+        wait_until(lambda: first.asked > 0)
+        second = beating(FakeSource(settings(), "w1"))
+        wait_until(lambda: second.lasted > 0)
+        assert (second.asked, first.lasted) == (0, 1)
+    finally:
+        stands.set()
 
 
 def test_workers_of_a_run_beat_in_one_call(fake: FakeManager, beating: Callable[[FakeSource], FakeSource]) -> None:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
@@ -14,7 +15,7 @@ import pytest
 
 from faultguard import _journal, _sidecar
 from faultguard._core.records import Ended, FailureRecord, Outcome, Spot
-from faultguard.errors import AmbiguousReplyError, CheckpointStoreError, SupersededError
+from faultguard.errors import AmbiguousReplyError, CheckpointStoreError, SupersededError, UsageError
 from faultguard.storage import Store, open_store
 from tests.attempts import Attempt, Worker, write_inline
 from tests.tasks import assert_whole, stopped
@@ -121,12 +122,13 @@ def test_a_token_is_told_when_it_is_durable(store: Store) -> None:
     flaky = Flaky(store)
     attempt = Worker(flaky, patience_s=0.0).attempt(volatile=True)
     ckpt = attempt.ckpt
-    assert ckpt.idempotency_key().endswith("/start")
-    assert flaky.durable == [False], "a key is the same in every attempt: it needs no claim that is durable"
+    assert flaky.durable == [False]
     flaky.broken = True
     for _ in range(2):
         with pytest.raises(CheckpointStoreError, match="the disk is full"):
             _ = ckpt.token
+        with pytest.raises(CheckpointStoreError, match="the disk is full"):
+            ckpt.idempotency_key()
     flaky.broken, timed = False, []
     ckpt.guard.limit(5.0)
     for _ in ckpt.batches(range(1)):
@@ -153,17 +155,58 @@ def test_a_claim_becomes_durable_beside_the_loop(store: Store) -> None:
     assert [(record.kind, record.snapshot) for record in worker.records()] == [("claim", None), ("save", None)]
 
 
-def test_that_a_claim_becomes_durable_is_no_save(store: Store) -> None:
-    """When the state is due goes by what the user has asked for."""
-    worker = Worker(store)
+@pytest.mark.usefixtures("short_park")
+@pytest.mark.parametrize("trouble", [False, True])
+def test_that_a_claim_becomes_durable_is_no_save(store: Store, monkeypatch: pytest.MonkeyPatch, trouble: bool) -> None:
+    """When the state is due goes by what the user has asked for, also where the store has failed."""
+    monkeypatch.setattr(_journal, "STORE_RETRY_S", 0.05)
+    flaky = Flaky(store)
+    worker = Worker(flaky)
     attempt = worker.attempt(volatile=True, every=2)
     attempt.ckpt.advance()
+    flaky.errors = 2 if trouble else 0
     attempt.journal.settle_soon()
-    wait_until(lambda: len(worker.records()) == 2)
+    wait_until(lambda: not attempt.journal.held.volatile)
     assert worker.records()[-1].snapshot is None
     attempt.ckpt.advance()
     wait_until(lambda: worker.records()[-1].snapshot is not None)
     assert batch_of(worker) == 2
+    attempt.die()
+
+
+@pytest.mark.usefixtures("short_park")
+def test_a_claim_that_no_thread_can_make_durable_waits_for_the_next_one(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next save starts the thread; the trouble is over then."""
+    worker = Worker(store, patience_s=0.2)
+    attempt = worker.attempt(volatile=True, every=timedelta(hours=1))
+    wait_until(lambda: not is_running())
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", _no_thread)
+        attempt.journal.settle_soon()
+    assert attempt.journal.held.volatile
+    attempt.ckpt.advance()
+    wait_until(lambda: not attempt.journal.held.volatile)
+    time.sleep(0.3)  # longer than its patience
+    attempt.ckpt.advance()
+    assert [(record.kind, record.snapshot) for record in worker.records()] == [("claim", None), ("save", None)]
+    attempt.die()
+
+
+def _no_thread(*_: object) -> None:
+    raise RuntimeError("can't start new thread")
+
+
+def test_the_token_of_an_attempt_that_left_nothing_is_not_told(store: Store) -> None:
+    """Its end could not be recorded, so its claim is one that a power failure may take."""
+    flaky = Flaky(store)
+    attempt = Worker(flaky, patience_s=0.0).attempt(volatile=True)
+    flaky.broken = True
+    with pytest.raises(CheckpointStoreError):
+        attempt.journal.end(Outcome("completed"), None)
+    flaky.broken = False
+    attempt.journal.close()
+    with pytest.raises(UsageError, match="the attempt is over"):
+        _ = attempt.ckpt.token
 
 
 def test_a_loop_that_is_superseded_is_told_so_when_it_asks_for_its_token(store: Store) -> None:

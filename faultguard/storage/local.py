@@ -44,7 +44,7 @@ _MAX_SETTLED: Final = 10_000
 _LEFTOVER_AGE_S: Final = 86_400.0
 _EMPTY_WAIT_S: Final = 0.2
 _MAX_IDENTITY: Final = 1 << 12
-_OF_ONE_NODE: Final = frozenset({"ext2", "ext3", "ext4", "xfs", "btrfs", "f2fs", "zfs", "overlay", "tmpfs"})
+_OF_ONE_NODE: Final = frozenset({"ext3", "ext4", "xfs", "btrfs", "f2fs", "zfs", "overlay", "tmpfs"})
 _NO_TMPFILE: Final = frozenset({errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOSYS})
 _NO_HARD_LINKS: Final = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK})
 # A link that failed so surely made nothing. After any other error (EIO, ETIMEDOUT, EINTR, ESTALE, ...) a server may have.

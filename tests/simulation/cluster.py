@@ -545,6 +545,7 @@ class Cluster(Scheduler):
             for source in tuple(home.sources):
                 if source not in begun:
                     begun.append(source)
+                    source.lasts()
                     source.begins()
                 source.told(self._reply(source.beat()))
             self.sleep(BEAT_S)
