@@ -184,7 +184,8 @@ def test_a_driver_that_thaws_after_its_run_was_taken_over(drivers: Drivers) -> N
     os.kill(old.pid, signal.SIGSTOP)
     new = drivers.start()
     wait_until(lambda: len([note for note in drivers.trace.notes("has it") if note["pid"] == new.pid]) == 1, WAIT_S)
-    wait_until(lambda: len({note["pid"] for note in drivers.trace.notes("batch", "waits")}) == 2, WAIT_S)
+    for worker in ("waits", "fails"):
+        wait_until(lambda worker=worker: len({note["pid"] for note in drivers.trace.notes("batch", worker)}) == 2, WAIT_S)
     before = drivers.run_head()
     os.kill(old.pid, signal.SIGCONT)
     wait_until(lambda: "was taken over by" in drivers.said(old), WAIT_S)

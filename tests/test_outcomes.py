@@ -461,6 +461,7 @@ def long_enough_to_beat(seconds: float) -> None:
 @pytest.mark.ray
 def test_no_actor_outlives_the_run(run: faultguard.Run) -> None:
     """The manager that a longer task has started ends with the run, not with the driver."""
+    wait_until(lambda: not named_actors())  # of the runs of other tests
     get(long_enough_to_beat.remote(1.5))
     assert [actor["name"] for actor in named_actors()] == [manager_name(current_settings())]
     faultguard.shutdown()
