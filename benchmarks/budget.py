@@ -32,7 +32,7 @@ class Measured:
     Attributes:
         value: in the unit of its item.
         details: lines that say how it came about: medians, counts, the other side of the ratio.
-        explain: where the time goes; asked only when the bar is missed.
+        explain: where the time goes; asked when the bar is missed, or with `--explain`.
     """
 
     value: float

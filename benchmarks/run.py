@@ -1,9 +1,9 @@
 """Measure the performance budget: each row in one run, beside what it is compared with.
 
-    python benchmarks/run.py [--quick] [--only loop,durable] [--json FILE] [--check]
+    python benchmarks/run.py [--quick] [--only loop,durable] [--explain] [--json FILE] [--check]
 
 Only ratios mean anything, and only those of one run: the machine is the same, and the variants took turns. What misses its bar
-is followed by where its time goes.
+is followed by where its time goes; with `--explain` each row is, that has a profile.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Row:
 
     item: Item
     measured: Measured | None = None
-    explained: tuple[str, ...] = ()  # where the time goes, if it misses
+    explained: tuple[str, ...] = ()  # where the time goes, if it misses or that was asked
     error: str = ""
 
     @property
@@ -75,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("--quick: too short to judge by")
     rows = []
     for item in items:
-        rows.append(_measure(item, quick=options.quick, parent=options.dir))
+        rows.append(_measure(item, quick=options.quick, parent=options.dir, explain=options.explain))
         _print(rows[-1])  # as soon as it is known
     if len(rows) > 1:
         print("\n" + _table(rows))
@@ -89,6 +89,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="fewer repetitions, shorter tasks")
     parser.add_argument("--only", type=lambda text: text.split(","), default=[], metavar="NAME,...", help=f"of {', '.join(names)}")
+    parser.add_argument("--explain", action="store_true", help="say where the time goes, also of what meets its bar")
     parser.add_argument("--json", metavar="FILE", help="write the rows there, too")
     parser.add_argument("--check", action="store_true", help="exit with 1 if loop, snapshot or durable misses its bar")
     parser.add_argument("--dir", default=DISK, help="where to write; must be a real disk (default: %(default)s)")
@@ -99,14 +100,14 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def _measure(item: Item, *, quick: bool, parent: str) -> Row:
+def _measure(item: Item, *, quick: bool, parent: str, explain: bool) -> Row:
     """One row, in a directory of its own."""
     module, _, name = item.function.partition(":")
     try:
         with tempfile.TemporaryDirectory(prefix="faultguard-bench-", dir=parent, ignore_cleanup_errors=True) as directory:
             bench = Bench(quick, Path(directory))
             measured: Measured = getattr(importlib.import_module(f"benchmarks.{module}"), name)(bench)
-            return Row(item, measured, () if item.meets(measured.value) else tuple(measured.explain()))
+            return Row(item, measured, tuple(measured.explain()) if explain or not item.meets(measured.value) else ())
     except Exception as error:  # noqa: BLE001 - one row that cannot be measured must not hide the others
         traceback.print_exc()
         return Row(item, error=f"{type(error).__name__}: {error}")

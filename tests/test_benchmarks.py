@@ -120,16 +120,17 @@ def test_undisturbed_has_a_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.ray
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["killed", "manager", "frozen"])
+@pytest.mark.parametrize("name", ["killed", "manager", "frozen", "named"])
 def test_row_on_a_cluster_is_measured(tmp_path: Path, name: str) -> None:
     """It has a value, and says how it came about; each raises if what it measures did not take place."""
     file = tmp_path / "rows.json"
-    done = run("--quick", "--only", name, "--json", str(file))
+    done = run("--quick", "--only", name, "--json", str(file), *["--explain"][: name == "named"])
     assert done.returncode == 0, done.stdout + done.stderr
     (row,) = json.loads(file.read_text(encoding="utf-8"))
     assert math.isfinite(row["value"])
     assert row["value"] > 0
     assert len(row["details"]) > 1
+    assert name != "named" or any("posix.fsync" in line for line in row["explained"]), "asked where the time goes, it says so"
 
 
 def test_unknown_fault_is_refused() -> None:
