@@ -21,7 +21,7 @@ __all__ = ["DurableWriter", "in_turn", "median", "price_of_a_file", "profile", "
 
 median = statistics.median
 RECENTLY_S = 420.0
-CHEAP_S = 60e-6
+CHEAP_S = 20e-6
 
 
 def in_turn(rounds: int, **variants: Callable[[], float]) -> dict[str, list[float]]:
