@@ -38,8 +38,8 @@ class Store(Protocol):
     def create(self, key: str, data: bytes, *, durable: bool = True) -> bool:
         """Create `key`; True if this call did and it is durable, False if the key exists.
 
-        Not `durable`: all see it on return. A failure that ends all who can see it, such as of the power of the only node, may take
-        it, or its content; so may no other one.
+        Not `durable`: all see it on return, and only a failure that ends all who can see it, such as of the power of the only node,
+        may take it, or its content.
 
         Raises:
             AmbiguousReplyError: it may exist now, or exists and may not survive a crash; read back.
