@@ -13,7 +13,7 @@ from typing import IO, TYPE_CHECKING
 
 import pytest
 
-from faultguard import _journal, _sidecar
+from faultguard import _attempt, _journal, _sidecar
 from faultguard._core.records import Ended, FailureRecord, Outcome, Spot
 from faultguard.errors import AmbiguousReplyError, CheckpointStoreError, SupersededError, UsageError
 from faultguard.storage import Store, open_store
@@ -155,6 +155,20 @@ def test_a_claim_becomes_durable_beside_the_loop(store: Store) -> None:
     assert [(record.kind, record.snapshot) for record in worker.records()] == [("claim", None), ("save", None)]
 
 
+@pytest.mark.parametrize(("before", "ended"), [("nothing", "cancelled"), ("settle", "cancelled"), ("save", None)])
+def test_who_is_cut_before_the_work_begins_gives_its_claim_back(store: Store, before: str, ended: str | None) -> None:
+    """Also one that is durable by then; not one that has saved something."""
+    worker = Worker(store)
+    attempt = worker.attempt(volatile=True)
+    if before == "settle":
+        attempt.journal.settle()
+    elif before == "save":
+        advance(attempt)
+    _attempt._give_back(worker.log, attempt.journal.held.owner, "cancelled")
+    note = worker.records()[-1].ended
+    assert (note.cause if note is not None else None) == ended
+
+
 @pytest.mark.usefixtures("short_park")
 @pytest.mark.parametrize("trouble", [False, True])
 def test_that_a_claim_becomes_durable_is_no_save(store: Store, monkeypatch: pytest.MonkeyPatch, trouble: bool) -> None:
@@ -167,6 +181,7 @@ def test_that_a_claim_becomes_durable_is_no_save(store: Store, monkeypatch: pyte
     flaky.errors = 2 if trouble else 0
     attempt.journal.settle_soon()
     wait_until(lambda: not attempt.journal.held.volatile)
+    time.sleep(0.2)  # several times as long as until the next try
     assert worker.records()[-1].snapshot is None
     attempt.ckpt.advance()
     wait_until(lambda: worker.records()[-1].snapshot is not None)
