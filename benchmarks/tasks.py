@@ -128,7 +128,7 @@ def _in_turn_named(bench: Bench, tasks: int, rounds: int, **others: Callable[...
 
 
 def _two_records(folder: Path) -> None:
-    """The least that is durable: a folder, and two files that are there whole or not at all."""
+    """What is durable on any file system: a folder, and two files that are there whole or not at all."""
     writer = DurableWriter(folder)
     for _ in range(2):
         writer.write(b"x" * RECORD_BYTES)

@@ -91,40 +91,61 @@ def small_disk(path: Path, size: str = "4m") -> Iterator[Disk]:
         _call("umount2", os.fsencode(path), MNT_DETACH)
 
 
-class LoopDisk:
-    """A file system of its own, in a file: it can be cut off from its disk as a failure of the power does it."""
+# What makes each, and the least of megabytes that it takes.
+FILE_SYSTEMS = {
+    "ext4": (["mkfs.ext4", "-q", "-F"], 32),
+    "ext4 without a journal": (["mkfs.ext4", "-q", "-F", "-O", "^has_journal"], 32),
+    "xfs": (["mkfs.xfs", "-q", "-f"], 300),
+}
 
-    def __init__(self, path: Path, image: Path) -> None:
+
+class LoopDisk:
+    """A file system of its own, in a file: the power of its disk can fail."""
+
+    def __init__(self, path: Path, kind: str, image: Path) -> None:
         self.path = path
+        self._kind = kind
         self._image = image
 
     def mount(self) -> None:
-        """As the kernel finds it: the journal is replayed."""
+        """As the kernel finds it: the journal is replayed, if there is one."""
         subprocess.run(["mount", "-o", "loop", self._image, self.path], check=True, capture_output=True, timeout=TOOL_S)
 
     def unmount(self) -> None:
         """Let go of it."""
         subprocess.run(["umount", self.path], check=True, capture_output=True, timeout=TOOL_S)
 
-    def mount_again(self) -> None:
-        """After whatever has happened to it."""
+    @contextlib.contextmanager
+    def power_fails(self) -> Iterator[None]:
+        """Go on after the block, in which all are to end who have it open, with what the disk holds before it, and nothing else.
+
+        What the kernel has not written yet is not in the file.
+        """
+        found = self._image.with_suffix(".found")
+        subprocess.run(["cp", "--sparse=always", self._image, found], check=True, capture_output=True, timeout=TOOL_S)
+        yield
         self.unmount()
+        found.replace(self._image)
+        if self._kind.startswith("ext4"):  # what a machine does as it starts; 1: it has mended something
+            done = subprocess.run(["e2fsck", "-p", self._image], check=False, capture_output=True, timeout=TOOL_S)
+            assert done.returncode in {0, 1}, done
         self.mount()
 
 
 @contextlib.contextmanager
-def loop_disk(path: Path, megabytes: int = 32) -> Iterator[LoopDisk]:
-    """Make an ext4 file system in a file and mount it at `path`, which is made; skips the test where that cannot be."""
+def loop_disk(path: Path, kind: str = "ext4") -> Iterator[LoopDisk]:
+    """Make a file system in a file and mount it at `path`, which is made; skips the test where that cannot be."""
     path.mkdir()
     image = path.with_suffix(".img")
+    command, megabytes = FILE_SYSTEMS[kind]
     with image.open("wb") as file:
         file.truncate(megabytes << 20)
-    disk = LoopDisk(path, image)
+    disk = LoopDisk(path, kind, image)
     try:
-        subprocess.run(["mkfs.ext4", "-q", "-F", image], check=True, capture_output=True, timeout=TOOL_S)
+        subprocess.run([*command, image], check=True, capture_output=True, timeout=TOOL_S)
         disk.mount()
     except (FileNotFoundError, subprocess.CalledProcessError) as error:
-        missing(f"a file system in a file, because it cannot be made or mounted here: {error}")
+        missing(f"{kind} in a file, because it cannot be made or mounted here: {error}")
     try:
         yield disk
     finally:

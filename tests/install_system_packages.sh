@@ -1,10 +1,10 @@
 #!/bin/sh
-# Get strace, which some tests use to see every system call of a checkpoint write, and mkfs.ext4 and mount, with which others
+# Get strace, which some tests use to see every system call of a checkpoint write, and mkfs.ext4, mkfs.xfs and mount, with which others
 # cut the power of a file system. Never fails by itself: without them those tests are skipped loudly, and fail under CI=true.
 set -u
 
 wanted() {
-    for pair in strace:strace mkfs.ext4:e2fsprogs mount:mount; do
+    for pair in strace:strace mkfs.ext4:e2fsprogs mkfs.xfs:xfsprogs mount:mount; do
         command -v "${pair%%:*}" >/dev/null 2>&1 || printf '%s ' "${pair#*:}"
     done
 }

@@ -157,6 +157,21 @@ def test_every_fsync_is_needed(tmp_path: Path, kind: str, *, tmpfile: bool) -> N
         enumerate_crashes(script(parts, MADE_BY_ANOTHER, CREATES, tmpfile=tmpfile), tmp_path, check)
 
 
+@pytest.mark.parametrize("tmpfile", [True, False], ids=["tmpfile", "named"])
+def test_the_name_of_a_second_folder_is_synced_too(tmp_path: Path, *, tmpfile: bool) -> None:
+    """Where a file system says nothing of it; where one promises it (see `test_power`), the model of a disk knows no mercy."""
+    folders = """
+store._kind = {kind!r}
+for worker in "wx":
+    key = "run/task/%s/000000001.json" % worker
+    assert store.create(key, payload(key))
+    ack(key)
+"""
+    assert enumerate_crashes(script(folders.format(kind=""), tmpfile=tmpfile), fresh(tmp_path), check) >= 8
+    with pytest.raises(AssertionError, match="x/000000001.json is lost"):
+        enumerate_crashes(script(folders.format(kind="ext4"), tmpfile=tmpfile), fresh(tmp_path), check)
+
+
 @pytest.mark.parametrize("read", ["store.list('run/')", "store.get(second)", "store.create(second, b'')"], ids=["list", "get", "create"])
 def test_what_a_reader_is_told_survives(tmp_path: Path, read: str) -> None:
     """A record whose writer died between link and fsync is made durable before anybody hears that it is there."""

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import signal
-import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -18,9 +16,10 @@ import faultguard
 from faultguard import _attempt, _ray
 from faultguard._log import StoredLog
 from faultguard._settings import Settings
-from faultguard.storage import open_store, store_id
+from faultguard.errors import CheckpointStoreError
+from faultguard.storage import local, open_store, store_id
 from faultguard.storage.local import LocalStore
-from tests.disks import loop_disk
+from tests.disks import FILE_SYSTEMS, loop_disk
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -29,7 +28,6 @@ if TYPE_CHECKING:
 
 REPOSITORY = Path(faultguard.__file__).parent.parent
 BOUND_S = 60
-SHUTDOWN, NO_FLUSH = 0x8004587D, 2  # EXT4_IOC_SHUTDOWN: nothing reaches the disk any more
 
 # A task of the first driver: it says where it is, and works on until the power fails.
 BODY = """
@@ -81,15 +79,11 @@ def power_fails(disk: LoopDisk, store: str, asked: str) -> dict[str, Any]:
         try:
             assert driver.stdout is not None
             told: dict[str, Any] = json.loads(driver.stdout.readline())
-            descriptor = os.open(disk.path, os.O_RDONLY)
-            try:
-                fcntl.ioctl(descriptor, SHUTDOWN, struct.pack("I", NO_FLUSH))
-            finally:
-                os.close(descriptor)
+            with disk.power_fails():
+                driver.send_signal(signal.SIGKILL)
+                driver.wait(BOUND_S)
         finally:
-            driver.send_signal(signal.SIGKILL)
-            driver.wait(BOUND_S)
-    disk.mount_again()
+            driver.kill()
     return told
 
 
@@ -115,6 +109,70 @@ def test_the_next_driver_goes_on_after_a_power_failure(disk: LoopDisk, asked: st
     assert attempt == (1 if asked == "nothing" else 2)
     assert done == (asked == "save")
     assert token > (told["token"] or 0) % 10**9
+
+
+@pytest.mark.parametrize("kind", list(FILE_SYSTEMS))
+@pytest.mark.parametrize("volatile", [False, True], ids=["durable", "after one that need not be"])
+def test_a_new_folder_is_durable_with_its_first_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, *, volatile: bool
+) -> None:
+    """Where the file system promises that: no folder above is synced for the second worker and those that follow."""
+    synced: list[str] = []
+    fsync = os.fsync
+
+    def noted(descriptor: int) -> None:
+        synced.append(Path(f"/proc/self/fd/{descriptor}").readlink().name)
+        fsync(descriptor)
+
+    keys = [f"run/task/w{worker}/{number:09d}.json" for worker in range(20) for number in (1, 2)]
+    with loop_disk(tmp_path / "disk", kind) as disk:
+        root = disk.path / "store"
+        root.mkdir()
+        store = LocalStore.open(str(root), create=True)
+        store_id(store)
+        monkeypatch.setattr(os, "fsync", noted)
+        for key in keys:
+            store.create(key, key.encode() * 100, durable=not (volatile and key.endswith("1.json")))
+        store.create("run/task/lost/000000001.json", b"nobody is told that it is durable", durable=False)
+        with disk.power_fails():
+            pass
+        assert synced.count("task") == 1
+        assert not (root / "run/task/lost/000000001.json").exists()
+        for key in keys:
+            if not (volatile and key.endswith("1.json")):
+                assert (root / key).read_bytes() == key.encode() * 100
+
+
+@pytest.mark.parametrize("kind", list(FILE_SYSTEMS))
+@pytest.mark.parametrize("told", ["list", "get", "create"])
+def test_what_a_reader_is_told_of_a_new_folder_is_durable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, told: str) -> None:
+    """Its writer has made the folder, and dies between the link and the only sync of both."""
+
+    def dies(step: str, key: str) -> None:
+        if (step, key) == ("before_dir_fsync", second):
+            raise InterruptedError
+
+    first, second = (f"run/task/w{worker}/000000001.json" for worker in range(2))
+    with loop_disk(tmp_path / "disk", kind) as disk:
+        root = disk.path / "store"
+        root.mkdir()
+        store = LocalStore.open(str(root), create=True)
+        store_id(store)
+        reader = LocalStore(str(root))
+        store.create(first, b"first")
+        monkeypatch.setattr(local, "step_hook", dies)
+        with pytest.raises(CheckpointStoreError):
+            store.create(second, b"second")
+        monkeypatch.undo()
+        found = {
+            "list": lambda: reader.list("run/task/w1/") == [second],
+            "get": lambda: reader.get(second) == b"second",
+            "create": lambda: reader.create(second, b"another one") is False,
+        }
+        assert found[told]()
+        with disk.power_fails():
+            pass
+        assert (root / second).read_bytes() == b"second"
 
 
 @pytest.mark.parametrize(

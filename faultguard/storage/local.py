@@ -5,13 +5,14 @@ The order is the whole point::
     write a file without a name -> fsync it -> parents durable -> link (fails if the name exists) -> fsync the directory
 
 * A name appears only after its content is durable, so that no reader, and no crash, ever sees half a record.
-* A record appears only after every directory above it is durable, so that one fsync of its own directory makes it safe.
+* A record appears only after every directory above it is durable, so that one fsync of its own directory makes it safe. On ext4
+  and XFS that fsync makes the entry of a directory that was just made durable, too, whoever calls it: there the one above is spared.
 * Whoever is told "it is there" is told so after an fsync of the directory. Without it, a claim could survive a power cut
   while the save that it points at, whose writer died between link and fsync, did not: entries of a directory reach the
   disk one by one.
 """
 # This module is a sequence of system calls, with file descriptors and `dir_fd`, which pathlib does not have.
-# ruff: noqa: PTH103, PTH106, PTH108, PTH112, PTH115, PTH116, PTH120
+# ruff: noqa: PTH102, PTH103, PTH106, PTH108, PTH112, PTH115, PTH116, PTH120
 
 from __future__ import annotations
 
@@ -45,6 +46,7 @@ _LEFTOVER_AGE_S: Final = 86_400.0
 _EMPTY_WAIT_S: Final = 0.2
 _MAX_IDENTITY: Final = 1 << 12
 _OF_ONE_NODE: Final = frozenset({"ext3", "ext4", "xfs", "btrfs", "f2fs", "zfs", "overlay", "tmpfs"})
+_SYNCS_ITS_NAME: Final = frozenset({"ext4", "xfs"})  # fsync of a new directory: its entry in the one above is durable, too
 _NO_TMPFILE: Final = frozenset({errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOSYS})
 _NO_HARD_LINKS: Final = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK})
 # A link that failed so surely made nothing. After any other error (EIO, ETIMEDOUT, EINTR, ESTALE, ...) a server may have.
@@ -107,6 +109,7 @@ class LocalStore:
         self._tmpfile = tmpfile
         self._unsafe = os.environ.get(UNSAFE_VARIABLE) == "1"
         self._settled: dict[str, _Witness] = {}
+        self._made = ""  # the directory that was made last, if its first fsync is one of its name, too
         self._volatile: tuple[str, _Witness] | None = None  # the directory and the record that was made last, and need not be durable
         self._identity: bytes | None = None  # what says which store it is, once it was seen
 
@@ -141,9 +144,9 @@ class LocalStore:
         with self._translated("read", path):
             try:
                 data = self._read(path)
-                _fsync_directory(path.rpartition("/")[0])
+                _fsync_directory(_parent(path))
             except (FileNotFoundError, NotADirectoryError):
-                self._check_place(path.rpartition("/")[0])
+                self._check_place(_parent(path))
                 return None
             return data
 
@@ -167,13 +170,13 @@ class LocalStore:
         with self._translated("deleted", path), suppress(FileNotFoundError, NotADirectoryError):
             os.unlink(path)
         _step("after_delete", key)
-        self._prune(path.rpartition("/")[0])
+        self._prune(_parent(path))
 
     # -- create, step by step
 
     def _create(self, key: str, data: bytes, *, durable: bool = True) -> bool:
         path = f"{self._root}/{key}"
-        directory = path.rpartition("/")[0]
+        directory = _parent(path)
         with self._translated("created", path):
             try:
                 for _ in range(_MAX_TRIES):
@@ -199,6 +202,7 @@ class LocalStore:
                     os.fsync(directory_fd)
             except OSError as error:
                 self._settled.pop(directory, None)  # the next create here starts with an fsync, and fails if that does
+                self._made = ""
                 if not created:
                     raise
                 msg = self._ambiguous(key, "its directory could not be made durable", error)
@@ -313,8 +317,10 @@ class LocalStore:
         if len(self._settled) >= _MAX_SETTLED:
             self._settled.clear()
         path, settled = directory, [directory]
+        if directory == self._made and self._is_settled(_parent(directory)):
+            return settled  # by the fsync of its first record
         while path != self._root:
-            path = path.rpartition("/")[0]
+            path = _parent(path)
             _fsync_directory(path)
             if self._is_settled(path):
                 return settled
@@ -330,11 +336,16 @@ class LocalStore:
         """Make `directory`, but never the root: a root that is gone is an unmounted disk or a removed store, not a new one."""
         self._check_place(directory)
         with suppress(FileNotFoundError, FileExistsError):  # raced with a `_prune`; the next try of `create` sees
-            os.makedirs(directory, exist_ok=True)
+            try:
+                os.mkdir(directory)
+            except FileNotFoundError:  # nor are those above it
+                os.makedirs(directory, exist_ok=True)
+            else:
+                self._made = directory if self._kind in _SYNCS_ITS_NAME else ""
 
     def _check_place(self, directory: str) -> None:
         """Check the root, if no record that this process has made beside `directory` shows that it is there."""
-        if self._identity is None or not self._is_settled(directory.rpartition("/")[0]):
+        if self._identity is None or not self._is_settled(_parent(directory)):
             self._check_root()
 
     def _check_root(self) -> None:
@@ -367,7 +378,7 @@ class LocalStore:
                 pass
             except OSError:  # not empty, mostly; at any rate only tidiness is lost
                 return
-            directory = directory.rpartition("/")[0]
+            directory = _parent(directory)
 
     def _scan(self, prefix: str, start_after: str) -> tuple[builtins.list[str], builtins.list[str]]:
         """Return the keys directly under `prefix`, made durable, and the prefixes below it."""
@@ -504,6 +515,10 @@ def _rename(temporary: str, name: str, directory_fd: int) -> bool:
         _unlink(name, directory_fd)
         raise
     return True
+
+
+def _parent(path: str) -> str:
+    return path.rpartition("/")[0]
 
 
 def _fsync_directory(path: str) -> None:
