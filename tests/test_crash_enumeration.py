@@ -168,7 +168,7 @@ for worker in "wx":
     ack(key)
 """
     assert enumerate_crashes(script(folders.format(kind=""), tmpfile=tmpfile), fresh(tmp_path), check) >= 8
-    with pytest.raises(AssertionError, match="x/000000001.json is lost"):
+    with pytest.raises(AssertionError, match=r"x/000000001\.json is lost"):
         enumerate_crashes(script(folders.format(kind="ext4"), tmpfile=tmpfile), fresh(tmp_path), check)
 
 

@@ -311,14 +311,14 @@ class LocalStore:
         """
         if self._is_settled(directory):
             return [directory]
+        if len(self._settled) >= _MAX_SETTLED:
+            self._settled.clear()
+        if directory == self._made and self._is_settled(_parent(directory)):
+            return [directory]  # by the fsync of its first record
         names = _remove_leftovers(os.listdir(directory_fd), directory_fd)
         if names and not self._has_made_lately(directory, [f"{directory}/{name}" for name in names]):
             os.fsync(directory_fd)
-        if len(self._settled) >= _MAX_SETTLED:
-            self._settled.clear()
         path, settled = directory, [directory]
-        if directory == self._made and self._is_settled(_parent(directory)):
-            return settled  # by the fsync of its first record
         while path != self._root:
             path = _parent(path)
             _fsync_directory(path)
