@@ -107,16 +107,29 @@ def identity() -> Identity:
     context = ray.get_runtime_context()
     worker: Any = ray._private.worker.global_worker  # noqa: SLF001 - the attempt number has no public name
     in_task = worker.mode == ray._private.worker.WORKER_MODE  # noqa: SLF001
+    of_job, on_node, ray_worker = _of_worker() if in_task else _of_process()
     return Identity(
-        job_id=job_id(),
-        node_id=context.get_node_id(),
+        job_id=of_job,
+        node_id=on_node,
         task_id=(context.get_task_id() if in_task else None) or f"driver-{uuid.uuid4().hex}",  # each block there is new work
         attempt=worker.core_worker.get_current_task_attempt_number() if in_task else 0,
         task_name=(context.get_task_name() if in_task else None) or "driver",
         function_name=(context.get_task_function_name() if in_task else None) or "",
         in_actor=in_task and context.get_actor_id() is not None,
-        ray_worker=context.get_worker_id(),
+        ray_worker=ray_worker,
     )
+
+
+def _of_process() -> tuple[str, str, str]:
+    """Job, node and worker id. A driver may connect to another cluster, which gives it others."""
+    context = ray.get_runtime_context()
+    return job_id(), context.get_node_id(), context.get_worker_id()
+
+
+@functools.lru_cache(maxsize=1)
+def _of_worker() -> tuple[str, str, str]:
+    """The same of a worker of Ray's, which has them for its life."""
+    return _of_process()
 
 
 def ordered(identity: Identity) -> Identity:

@@ -370,6 +370,11 @@ def test_wrong_arguments_are_a_type_error() -> None:
 # --- submitted ------------------------------------------------------------------------------------------------------
 
 
+def header_of(encoded: bytes) -> _recoverable._Header:
+    """What travels with a task."""
+    return msgspec.msgpack.decode(encoded, type=_recoverable._Header)
+
+
 class Submitted:
     """In the place of Ray's remote function: keeps what is submitted."""
 
@@ -382,7 +387,7 @@ class Submitted:
 
     def worker_ids(self) -> list[str | None]:
         """The ids that the tasks were given."""
-        return [msgspec.json.decode(header, type=_recoverable._Header).worker_id for header, *_ in self.calls]
+        return [header_of(encoded).worker_id for encoded, *_ in self.calls]
 
 
 @pytest.fixture
@@ -468,9 +473,10 @@ def test_wrong_arguments_are_refused_where_they_are_submitted(submitted: Submitt
 def test_settings_travel_with_the_task(submitted: Submitted, settings: Settings) -> None:
     """The task needs no look-up to know its run."""
     DECORATED["bare"].remote("w0", [1])
-    [(header, payload, kwargs)] = submitted.calls
-    assert msgspec.json.decode(header, type=_recoverable._Header).settings == settings
-    assert cloudpickle.loads(payload) == (("w0", [1]), {})
+    [(encoded, kwargs)] = submitted.calls
+    header = header_of(encoded)
+    assert header.settings == settings
+    assert cloudpickle.loads(header.payload or b"") == (("w0", [1]), {})
     assert kwargs == {}
 
 
@@ -478,8 +484,8 @@ def test_references_stay_with_ray(submitted: Submitted) -> None:
     """Arguments that Ray must see are passed as they are."""
     ref: Any = ray.ObjectRef(b"\1" * 28)
     DECORATED["bare"].remote("w0", ref)
-    [(_, payload, worker_id, argument, _)] = submitted.calls
-    assert (payload, worker_id) == (None, "w0")
+    [(encoded, worker_id, argument, _)] = submitted.calls
+    assert (header_of(encoded).payload, worker_id) == (None, "w0")
     assert argument is ref
 
 

@@ -22,7 +22,7 @@ import itertools
 import os
 import re
 import time
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -33,7 +33,8 @@ from faultguard.storage import STORE_KEY
 
 if TYPE_CHECKING:
     import builtins
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
+    from types import TracebackType
 
 __all__ = ["LocalStore"]
 
@@ -194,32 +195,33 @@ class LocalStore:
         # the link fails with ENOENT, even if another process has made it anew.
         directory_fd = os.open(directory, _DIRECTORY)
         try:
-            created, found, settled = self._write_and_link(directory, directory_fd, key, data, durable=durable)
+            made, settled = self._write_and_link(directory, directory_fd, key, data, durable=durable)
             _step("before_dir_fsync", key)
             try:
                 # Also if the key exists: its writer may have died before it did this, and our caller goes by what is there.
-                if settled or not created:
+                if settled or made is None:
                     os.fsync(directory_fd)
             except OSError as error:
                 self._settled.pop(directory, None)  # the next create here starts with an fsync, and fails if that does
                 self._made = ""
-                if not created:
+                if made is None:
                     raise
                 msg = self._ambiguous(key, "its directory could not be made durable", error)
                 raise AmbiguousReplyError(msg, errno=error.errno) from error
         finally:
             _close(directory_fd)
-        if created:
-            witness = _Witness(f"{self._root}/{key}", found.st_dev, found.st_ino, found.st_mtime_ns)
-            self._settled.update(dict.fromkeys(settled, witness))
-            if not settled:
-                self._volatile = (directory, witness)
-        return created
+        if made is None:
+            return False
+        witness = _Witness(f"{self._root}/{key}", made.st_dev, made.st_ino, made.st_mtime_ns)
+        self._settled.update(dict.fromkeys(settled, witness))
+        if not settled:
+            self._volatile = (directory, witness)
+        return True
 
     def _write_and_link(
         self, directory: str, directory_fd: int, key: str, data: bytes, *, durable: bool
-    ) -> tuple[bool, os.stat_result, builtins.list[str]]:
-        """Give durable content its name: whether this call did, the file, and the directories that are durable with it.
+    ) -> tuple[os.stat_result | None, builtins.list[str]]:
+        """Give durable content its name: the file (None if there is one of that name), and the directories that are durable with it.
 
         What need not be durable is so all the same where other nodes may see it: one that fails would take the content from them.
         """
@@ -234,11 +236,10 @@ class LocalStore:
                 # Before the link: nobody may see a record whose directory a crash can take. After the fsync of the file, which has
                 # committed a new directory, too, where the file system has a journal.
                 settled = self._settle(directory, directory_fd)
-            found = os.fstat(fd)
             _step("before_link", key)
-            created = self._link(fd, temporary, directory_fd, key)
+            made = self._link(fd, temporary, directory_fd, key)
             _step("after_link", key)
-            return created, found, settled
+            return made, settled
         finally:
             _close(fd)
             if temporary is not None:
@@ -258,8 +259,8 @@ class LocalStore:
         temporary = _temporary_name()
         return os.open(temporary, _NEW_FILE, 0o666, dir_fd=directory_fd), temporary
 
-    def _link(self, fd: int, temporary: str | None, directory_fd: int, key: str) -> bool:
-        """Link the file as the last part of `key`: False if there is one. This is where exactly one of several writers wins."""
+    def _link(self, fd: int, temporary: str | None, directory_fd: int, key: str) -> os.stat_result | None:
+        """Link the file as the last part of `key`: what it is then, None if there is one. Here exactly one of several writers wins."""
         name = key.rpartition("/")[2]
         links = 1 if temporary is None else 2
         try:
@@ -267,23 +268,24 @@ class LocalStore:
             source = temporary or f"/proc/self/fd/{fd}"
             os.link(source, name, src_dir_fd=directory_fd, dst_dir_fd=directory_fd, follow_symlinks=True)
         except OSError as error:
-            found = _links(fd)
-            if found == links:  # NFS: done, but the reply was lost, and the client's second try failed
-                return True
+            found = _found(fd)
+            if found is not None and found.st_nlink == links:  # NFS: done, but the reply was lost, and the client's second try failed
+                return found
             if error.errno == errno.EEXIST and found is not None:
-                return False
+                return None
             if self._try_named(error, temporary, directory_fd):
                 raise FileNotFoundError(errno.ENOENT, "once more, with a named file") from error
-            if temporary is not None and error.errno in _NO_HARD_LINKS and self._unsafe:
-                return _rename(temporary, name, directory_fd)
+            if temporary is not None and found is not None and error.errno in _NO_HARD_LINKS and self._unsafe:
+                return found if _rename(temporary, name, directory_fd) else None
             if error.errno in _SURELY_NOT:
                 raise
             msg = self._ambiguous(key, "the file system did not say whether it was linked", error)
             raise AmbiguousReplyError(msg, errno=error.errno) from error
-        if _links(fd) != links:  # NFS says "done" and did not, or somebody has deleted the record already
+        found = _found(fd)
+        if found is None or found.st_nlink != links:  # NFS says "done" and did not, or somebody has deleted the record already
             gone = OSError(errno.ENOLINK, "linked, but not there")
             raise AmbiguousReplyError(self._ambiguous(key, "the file system linked it, and it is not there", gone), errno=gone.errno)
-        return True
+        return found
 
     def _try_named(self, error: OSError, temporary: str | None, directory_fd: int) -> bool:
         """After a failed link of a nameless file: whether a named one may do (no /proc here, or a file system that cannot)."""
@@ -432,14 +434,9 @@ class LocalStore:
                 _unlink(name, directory_fd)
             _close(directory_fd)
 
-    @contextmanager
-    def _translated(self, done: str, path: str) -> Iterator[None]:
+    def _translated(self, done: str, path: str) -> _Translated:
         """Let no bare OSError out: say which path was not `done`, why, and what to do."""
-        try:
-            yield
-        except OSError as error:
-            msg = f"{path!r} was not {done}: {_reason(error)}. {self._advice(error)}"
-            raise CheckpointStoreError(msg, errno=error.errno) from error
+        return _Translated(self, done, path)
 
     def _ambiguous(self, key: str, why: str, error: OSError) -> str:
         return f"'{self._root}/{key}' may or may not have been created: {why} ({_reason(error)}). Read it back. {self._advice(error)}"
@@ -452,6 +449,22 @@ class LocalStore:
         if error.errno in {errno.EACCES, errno.EPERM, errno.EROFS}:
             return "Give this user the right to read and write it, or choose another checkpoint_dir."
         return "Look at the disk (dmesg); what was durable before still is."
+
+
+class _Translated:
+    """See `LocalStore._translated`; a class, because a generator takes three times as long, several times per task."""
+
+    __slots__ = ("_done", "_path", "_store")
+
+    def __init__(self, store: LocalStore, done: str, path: str) -> None:
+        self._store, self._done, self._path = store, done, path
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if isinstance(error, OSError):
+            msg = f"{self._path!r} was not {self._done}: {_reason(error)}. {self._store._advice(error)}"  # noqa: SLF001 - a part of it
+            raise CheckpointStoreError(msg, errno=error.errno) from error
 
 
 def _untrusted(root: str, why: str) -> str:
@@ -484,18 +497,20 @@ def _write(fd: int, data: bytes) -> None:
         written += count
 
 
-def _links(fd: int) -> int | None:
-    """Count the names of a file; None if the file system does not say."""
+def _found(fd: int) -> os.stat_result | None:
+    """What an open file is now, and how many names it has; None if the file system does not say."""
     try:
-        return os.fstat(fd).st_nlink
+        return os.fstat(fd)
     except OSError:
         return None
 
 
 def _close(fd: int) -> None:
     """Close; after an fsync there is nothing left that could fail, and before one the write has failed already."""
-    with suppress(OSError):
+    try:  # noqa: SIM105 - several times per record
         os.close(fd)
+    except OSError:
+        pass
 
 
 def _unlink(name: str, directory_fd: int) -> None:
