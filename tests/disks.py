@@ -109,27 +109,52 @@ class LoopDisk:
 
     def mount(self) -> None:
         """As the kernel finds it: the journal is replayed, if there is one."""
-        subprocess.run(["mount", "-o", "loop", self._image, self.path], check=True, capture_output=True, timeout=TOOL_S)
+        _mount_image(self._image, self.path)
 
     def unmount(self) -> None:
         """Let go of it."""
-        subprocess.run(["umount", self.path], check=True, capture_output=True, timeout=TOOL_S)
+        _run("umount", self.path)
+
+    def held(self, name: str) -> Path:
+        """What the disk holds now, in a file: what the kernel has not written yet is not there. Nothing may write to it meanwhile."""
+        copy = self._image.with_name(f"{self._image.stem}-{name}.img")
+        _run("cp", "--sparse=always", self._image, copy)
+        return copy
 
     @contextlib.contextmanager
-    def power_fails(self) -> Iterator[None]:
-        """Go on after the block, in which all are to end who have it open, with what the disk holds before it, and nothing else.
+    def found(self, image: Path) -> Iterator[Path]:
+        """Where that can be seen after the power has come back."""
+        place = image.with_suffix("")
+        place.mkdir()
+        self._mend(image)
+        _mount_image(image, place, *(["-o", "nouuid"] if self._kind == "xfs" else []))
+        try:
+            yield place
+        finally:
+            _run("umount", place)
 
-        What the kernel has not written yet is not in the file.
-        """
-        found = self._image.with_suffix(".found")
-        subprocess.run(["cp", "--sparse=always", self._image, found], check=True, capture_output=True, timeout=TOOL_S)
-        yield
+    def power_fails(self) -> None:
+        """Go on with what the disk holds now. All who have it open have to be dead: that writes nothing."""
+        image = self.held("held")
+        self._mend(image)
         self.unmount()
-        found.replace(self._image)
-        if self._kind.startswith("ext4"):  # what a machine does as it starts; 1: it has mended something
-            done = subprocess.run(["e2fsck", "-p", self._image], check=False, capture_output=True, timeout=TOOL_S)
-            assert done.returncode in {0, 1}, done
+        image.replace(self._image)
         self.mount()
+
+    def _mend(self, image: Path) -> None:
+        """What a machine does as it starts."""
+        if self._kind.startswith("ext4"):
+            _run("e2fsck", "-f", "-y", image, accepted=(0, 1))  # 1: it has mended something
+
+
+def _run(*command: str | Path, accepted: tuple[int, ...] = (0,)) -> None:
+    done = subprocess.run(command, check=False, capture_output=True, timeout=TOOL_S)
+    if done.returncode not in accepted:
+        raise subprocess.CalledProcessError(done.returncode, command, done.stdout, done.stderr)
+
+
+def _mount_image(image: Path, path: Path, *options: str) -> None:
+    _run("mount", "-o", "loop", *options, image, path)
 
 
 @contextlib.contextmanager
@@ -142,7 +167,7 @@ def loop_disk(path: Path, kind: str = "ext4") -> Iterator[LoopDisk]:
         file.truncate(megabytes << 20)
     disk = LoopDisk(path, kind, image)
     try:
-        subprocess.run([*command, image], check=True, capture_output=True, timeout=TOOL_S)
+        _run(*command, image)
         disk.mount()
     except (FileNotFoundError, subprocess.CalledProcessError) as error:
         missing(f"{kind} in a file, because it cannot be made or mounted here: {error}")

@@ -555,6 +555,26 @@ def test_not_created_means_not_created(disk: LocalStore, monkeypatch: pytest.Mon
     assert outcomes == {"True", "CheckpointStoreError", "AmbiguousReplyError"}
 
 
+def test_a_new_folder_whose_first_fsync_fails_is_made_durable_from_above(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where that fsync includes the name of the folder, the kernel may call the next one a success."""
+    monkeypatch.setattr(local, "_file_system", lambda path: "xfs")
+    store, fsync, names = LocalStore(str(tmp_path)), os.fsync, []
+
+    def noted(descriptor: int) -> None:
+        names.append(Path(f"/proc/self/fd/{descriptor}").readlink().name)
+        if names.count("w1") == 1 and names[-1] == "w1":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        fsync(descriptor)
+
+    store.create("run/task/w0/000000001.json", b"x")
+    monkeypatch.setattr(os, "fsync", noted)
+    with pytest.raises(AmbiguousReplyError):
+        store.create("run/task/w1/000000001.json", b"x")
+    assert "task" not in names
+    store.create("run/task/w1/000000002.json", b"x")
+    assert "task" in names
+
+
 def test_short_writes_are_completed(disk: LocalStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """A write that takes only a part of the data is continued, one that takes nothing is an error and not a loop."""
     write = os.write
@@ -651,6 +671,7 @@ def test_a_file_system_without_nameless_files_gets_named_ones(tmp_path: Path, mo
         return original(path, flags, *args, **kwargs)
 
     monkeypatch.setattr(os, "open", refusing)
+    monkeypatch.setattr(local, "_file_system", lambda path: "btrfs")
     store = open_store(str(tmp_path / "store"))
     assert [store.create(KEY, b""), store.create(KEY, b"")] == [True, False]
     assert tries == ["."]
@@ -718,7 +739,8 @@ def test_the_mount_with_the_longest_path_counts() -> None:
         "5 4 0:43 / /data/twice rw - xfs /dev/vdc rw",
     ]
     expected = {"/": "ext4", "/database": "ext4", "/data": "nfs4", "/data/x": "nfs4", "/data/a b/x": "fuse.sshfs", "/data/twice": "xfs"}
-    assert {path: local._mounted_type(path, mounts) for path in expected} == expected
+    assert {path: local._mounted(path, mounts)[0] for path in expected} == expected
+    assert local._mounted("/data/twice/x", mounts)[1] == "0:43"
     assert local._file_system("/proc") == "proc"
 
 

@@ -5,8 +5,11 @@ The order is the whole point::
     write a file without a name -> fsync it -> parents durable -> link (fails if the name exists) -> fsync the directory
 
 * A name appears only after its content is durable, so that no reader, and no crash, ever sees half a record.
-* A record appears only after every directory above it is durable, so that one fsync of its own directory makes it safe. On ext4
-  and XFS that fsync makes the entry of a directory that was just made durable, too, whoever calls it: there the one above is spared.
+* A record appears only after every directory above it is durable, so that one fsync of its own directory makes it safe. Where a
+  journal keeps the order of all changes (ext4, XFS), that fsync includes the name of the directory, whoever calls it: there the
+  directory above one that was just made is spared.
+* Where ext4 has no journal, a file that is fsynced without a name is on the disk as one that is deleted, and stays so after the link
+  and the fsync of the directory: there it has a temporary name first.
 * Whoever is told "it is there" is told so after an fsync of the directory. Without it, a claim could survive a power cut
   while the save that it points at, whose writer died between link and fsync, did not: entries of a directory reach the
   disk one by one.
@@ -46,8 +49,12 @@ _MAX_SETTLED: Final = 10_000
 _LEFTOVER_AGE_S: Final = 86_400.0
 _EMPTY_WAIT_S: Final = 0.2
 _MAX_IDENTITY: Final = 1 << 12
-_OF_ONE_NODE: Final = frozenset({"ext3", "ext4", "xfs", "btrfs", "f2fs", "zfs", "overlay", "tmpfs"})
-_SYNCS_ITS_NAME: Final = frozenset({"ext4", "xfs"})  # fsync of a new directory: its entry in the one above is durable, too
+_NO_JOURNAL: Final = "ext4 without a journal"
+_OF_ONE_NODE: Final = frozenset({"ext3", "ext4", _NO_JOURNAL, "xfs", "btrfs", "f2fs", "zfs", "overlay", "tmpfs"})
+# Here changes reach the disk in the order in which they were made, so the first fsync of a directory includes its name.
+_ORDERED: Final = frozenset({"ext4", "xfs"})
+# Here, or in what may be below (overlay), a file that was synced without a name is deleted on the disk, whatever it is linked as later.
+_NAMED_FIRST: Final = frozenset({"ext2", _NO_JOURNAL, "overlay"})
 _NO_TMPFILE: Final = frozenset({errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOSYS})
 _NO_HARD_LINKS: Final = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK})
 # A link that failed so surely made nothing. After any other error (EIO, ETIMEDOUT, EINTR, ESTALE, ...) a server may have.
@@ -97,17 +104,18 @@ class LocalStore:
     Holds no file open between calls; may be used by several threads, and after a fork.
     """
 
-    def __init__(self, root: str, *, tmpfile: bool = True) -> None:
+    def __init__(self, root: str, *, tmpfile: bool | None = None) -> None:
         """Take `root` as it is; `open` also looks whether it can be trusted.
 
         Args:
             root: absolute path of a directory that exists.
-            tmpfile: False: do not try files without a name (`O_TMPFILE`), which most network file systems do not have.
+            tmpfile: whether to try files without a name (`O_TMPFILE`), which most network file systems do not have. None: unless a
+                name that such a file gets may get lost here.
         """
         self.url = root
         self._root = os.path.realpath(root)
         self._kind = _file_system(self._root)
-        self._tmpfile = tmpfile
+        self._tmpfile = self._kind not in _NAMED_FIRST if tmpfile is None else tmpfile
         self._unsafe = os.environ.get(UNSAFE_VARIABLE) == "1"
         self._settled: dict[str, _Witness] = {}
         self._made = ""  # the directory that was made last, if its first fsync is one of its name, too
@@ -229,12 +237,11 @@ class LocalStore:
         try:
             _write(fd, data)
             settled: builtins.list[str] = []
-            if durable or temporary is not None or self._kind not in _OF_ONE_NODE:
+            if durable or self._kind not in _OF_ONE_NODE:
                 # If this fails, the kernel may have dropped the data and will call the next fsync of this file a success: the
                 # file is thrown away, and a caller that tries again gets another one.
                 os.fsync(fd)
-                # Before the link: nobody may see a record whose directory a crash can take. After the fsync of the file, which has
-                # committed a new directory, too, where the file system has a journal.
+                # Before the link: nobody may be told of a record whose directory a crash can take.
                 settled = self._settle(directory, directory_fd)
             _step("before_link", key)
             made = self._link(fd, temporary, directory_fd, key)
@@ -308,6 +315,8 @@ class LocalStore:
     def _settle(self, directory: str, directory_fd: int) -> builtins.list[str]:
         """Make the entries of `directory` and its parents durable, once per process: whoever made them may have died before it did.
 
+        Not what the fsync of the record's directory, and of whoever reads it, includes.
+
         Returns:
             The directories that are durable as long as the record that is made now is there.
         """
@@ -343,7 +352,7 @@ class LocalStore:
             except FileNotFoundError:  # nor are those above it
                 os.makedirs(directory, exist_ok=True)
             else:
-                self._made = directory if self._kind in _SYNCS_ITS_NAME else ""
+                self._made = directory if self._kind in _ORDERED else ""
 
     def _check_place(self, directory: str) -> None:
         """Check the root, if no record that this process has made beside `directory` shows that it is there."""
@@ -562,18 +571,28 @@ def _file_system(path: str) -> str:
         lines = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape").splitlines()
     except OSError:
         return ""
-    return _mounted_type(path, lines)
+    kind, device = _mounted(path, lines)
+    return _NO_JOURNAL if kind == "ext4" and not _has_journal(device) else kind
 
 
-def _mounted_type(path: str, mountinfo: builtins.list[str]) -> str:
-    """Look `path` up in the lines of mountinfo: the longest mount point above it counts, the last one if they are alike."""
-    longest, kind = "", ""
+def _mounted(path: str, mountinfo: builtins.list[str]) -> tuple[str, str]:
+    """Look `path` up in the lines of mountinfo, type and device: the longest mount point above it counts, of like ones the last."""
+    longest, kind, device = "", "", ""
     for line in mountinfo:
         fields = line.split(" ")
         mount = re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), fields[4])
         if len(mount) >= len(longest) and f"{path}/".startswith(f"{mount.rstrip('/')}/"):
-            longest, kind = mount, fields[fields.index("-", 6) + 1]
-    return kind
+            longest, kind, device = mount, fields[fields.index("-", 6) + 1], fields[2]
+    return kind, device
+
+
+def _has_journal(device: str) -> bool:
+    """Whether the ext4 on a device, such as "254:0", has one; no answer counts as no."""
+    disk = Path(os.path.realpath(f"/sys/dev/block/{device}")).name
+    try:
+        return Path(f"/sys/fs/ext4/{disk}/journal_task").read_text(encoding="utf-8").strip() != "<none>"
+    except OSError:
+        return False
 
 
 # -- temporary names: a dead writer's file can be told from a living one's
