@@ -13,6 +13,8 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
+from faultguard.storage import local
+
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
@@ -72,11 +74,12 @@ def price_of_a_file(directory: Path, *, wait: bool) -> float:
 
 
 class DurableWriter:
-    """Makes bytes durable as one would by hand, the fastest way that survives a crash: write, fsync, link, fsync of the directory."""
+    """Makes bytes durable as one would by hand, the fastest way that survives a crash here: write, fsync, link, fsync of the directory."""
 
     def __init__(self, directory: Path) -> None:
         directory.mkdir(parents=True)
         self._directory = os.fspath(directory)
+        self._named = local._file_system(self._directory) in local._NAMED_FIRST
         self._count = 0
 
     def write(self, data: bytes) -> None:
@@ -85,14 +88,20 @@ class DurableWriter:
         name = f"{self._count:09d}.json"
         directory = os.open(self._directory, os.O_RDONLY | os.O_DIRECTORY)
         try:
-            file = os.open(".", os.O_TMPFILE | os.O_WRONLY, 0o666, dir_fd=directory)
+            if self._named:
+                file = os.open(".temporary", os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666, dir_fd=directory)
+            else:
+                file = os.open(".", os.O_TMPFILE | os.O_WRONLY, 0o666, dir_fd=directory)
             try:
                 os.write(file, data)
                 os.fsync(file)
                 # Without src_dir_fd Python calls link(), which does not follow, instead of linkat().
-                os.link(f"/proc/self/fd/{file}", name, src_dir_fd=directory, dst_dir_fd=directory, follow_symlinks=True)
+                source = ".temporary" if self._named else f"/proc/self/fd/{file}"
+                os.link(source, name, src_dir_fd=directory, dst_dir_fd=directory, follow_symlinks=True)
             finally:
                 os.close(file)
+            if self._named:
+                os.unlink(".temporary", dir_fd=directory)
             os.fsync(directory)
         finally:
             os.close(directory)
