@@ -5,9 +5,8 @@ The order is the whole point::
     write a file without a name -> fsync it -> parents durable -> link (fails if the name exists) -> fsync the directory
 
 * A name appears only after its content is durable, so that no reader, and no crash, ever sees half a record.
-* A record appears only after every directory above it is durable, so that one fsync of its own directory makes it safe. Where a
-  journal keeps the order of all changes (ext4, XFS), that fsync includes the name of the directory, whoever calls it: there the
-  directory above one that was just made is spared.
+* A record appears only after every directory above it is durable, so that one fsync of its own directory makes it safe. Where that
+  fsync includes the name of a new directory, whoever calls it (ext4, XFS), the one above is spared for a directory just made.
 * Where ext4 has no journal, a file that is fsynced without a name is on the disk as one that is deleted, and stays so after the link
   and the fsync of the directory: there it has a temporary name first.
 * Whoever is told "it is there" is told so after an fsync of the directory. Without it, a claim could survive a power cut
@@ -51,8 +50,9 @@ _EMPTY_WAIT_S: Final = 0.2
 _MAX_IDENTITY: Final = 1 << 12
 _NO_JOURNAL: Final = "ext4 without a journal"
 _OF_ONE_NODE: Final = frozenset({"ext3", "ext4", _NO_JOURNAL, "xfs", "btrfs", "f2fs", "zfs", "overlay", "tmpfs"})
-# Here changes reach the disk in the order in which they were made, so the first fsync of a directory includes its name.
-_ORDERED: Final = frozenset({"ext4", "xfs"})
+# Here the fsync of what is in a new directory includes its name: a journal keeps the order of all changes, and ext4 without one
+# writes the directories above a new name with it, as far as they are new.
+_NAME_INCLUDED: Final = frozenset({"ext4", _NO_JOURNAL, "xfs"})
 # Here, or in what may be below (overlay), a file that was synced without a name is deleted on the disk, whatever it is linked as later.
 _NAMED_FIRST: Final = frozenset({"ext2", _NO_JOURNAL, "overlay"})
 _NO_TMPFILE: Final = frozenset({errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOSYS})
@@ -195,6 +195,7 @@ class LocalStore:
                         self._make(directory)
                 raise FileNotFoundError(errno.ENOENT, f"its directory was removed {_MAX_TRIES} times while it was written")
             except OSError:
+                self._made = ""  # whether its name will be durable with the next fsync is not known
                 self._prune(directory)
                 raise
 
@@ -352,7 +353,7 @@ class LocalStore:
             except FileNotFoundError:  # nor are those above it
                 os.makedirs(directory, exist_ok=True)
             else:
-                self._made = directory if self._kind in _ORDERED else ""
+                self._made = directory if self._kind in _NAME_INCLUDED else ""
 
     def _check_place(self, directory: str) -> None:
         """Check the root, if no record that this process has made beside `directory` shows that it is there."""
