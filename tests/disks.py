@@ -158,7 +158,7 @@ def _mount_image(image: Path, path: Path, *options: str) -> None:
 
 
 @contextlib.contextmanager
-def loop_disk(path: Path, kind: str = "ext4") -> Iterator[LoopDisk]:
+def loop_disk(path: Path, kind: str) -> Iterator[LoopDisk]:
     """Make a file system in a file and mount it at `path`, which is made; skips the test where that cannot be."""
     path.mkdir()
     image = path.with_suffix(".img")

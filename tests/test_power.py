@@ -64,10 +64,10 @@ def execute(settings: Settings, function: Any, *, attempt: int = 0, **options: A
     return _attempt.run_task(settings, identity, given, "w", _attempt.Work(function, repeatable=True))
 
 
-@pytest.fixture
-def disk(tmp_path: Path) -> Iterator[LoopDisk]:
-    """A disk of its own."""
-    with loop_disk(tmp_path / "disk") as made:
+@pytest.fixture(params=list(FILE_SYSTEMS))
+def disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[LoopDisk]:
+    """A disk of its own, of each kind."""
+    with loop_disk(tmp_path / "disk", request.param) as made:
         yield made
 
 
