@@ -21,6 +21,7 @@ MNT_DETACH = 2
 CLONE_NEWNS, CLONE_FS = 0x20000, 0x200
 PAGE = 4096
 TOOL_S = 60
+TRIES = 20  # of a mount or unmount, in 4 s: others take the same loop device, or the kernel has not quite let go of it
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -113,7 +114,7 @@ class LoopDisk:
 
     def unmount(self) -> None:
         """Let go of it."""
-        _run("umount", self.path)
+        _unmount(self.path)
 
     def held(self, name: str) -> Path:
         """What the disk holds now, in a file: what the kernel has not written yet is not there. Nothing may write to it meanwhile."""
@@ -131,7 +132,7 @@ class LoopDisk:
         try:
             yield place
         finally:
-            _run("umount", place)
+            _unmount(place)
 
     def power_fails(self) -> None:
         """Go on with what the disk holds now. All who have it open have to be dead: that writes nothing."""
@@ -147,14 +148,29 @@ class LoopDisk:
             _run("e2fsck", "-f", "-y", image, accepted=(0, 1))  # 1: it has mended something
 
 
-def _run(*command: str | Path, accepted: tuple[int, ...] = (0,)) -> None:
-    done = subprocess.run(command, check=False, capture_output=True, timeout=TOOL_S)
-    if done.returncode not in accepted:
-        raise subprocess.CalledProcessError(done.returncode, command, done.stdout, done.stderr)
+class ToolError(subprocess.CalledProcessError):
+    """A tool failed; says what it said."""
+
+    def __str__(self) -> str:
+        return f"{super().__str__()}: {self.stderr.decode(errors='replace').strip()}"
+
+
+def _run(*command: str | Path, accepted: tuple[int, ...] = (0,), tries: int = 1) -> None:
+    for left in reversed(range(tries)):
+        done = subprocess.run(command, check=False, capture_output=True, timeout=TOOL_S)
+        if done.returncode in accepted:
+            return
+        if not left:
+            raise ToolError(done.returncode, command, done.stdout, done.stderr)
+        time.sleep(0.2)
 
 
 def _mount_image(image: Path, path: Path, *options: str) -> None:
-    _run("mount", "-o", "loop", *options, image, path)
+    _run("mount", "-o", "loop", *options, image, path, tries=TRIES)
+
+
+def _unmount(path: Path) -> None:
+    _run("umount", path, tries=TRIES)
 
 
 @contextlib.contextmanager
