@@ -160,7 +160,7 @@ def _run(*command: str | Path, accepted: tuple[int, ...] = (0,), tries: int = 1)
         done = subprocess.run(command, check=False, capture_output=True, timeout=TOOL_S)
         if done.returncode in accepted:
             return
-        if not left:
+        if not left or b"permi" in done.stderr or b"superuser" in done.stderr:
             raise ToolError(done.returncode, command, done.stdout, done.stderr)
         time.sleep(0.2)
 
