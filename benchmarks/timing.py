@@ -79,7 +79,7 @@ class DurableWriter:
     def __init__(self, directory: Path) -> None:
         directory.mkdir(parents=True)
         self._directory = os.fspath(directory)
-        self._named = local._file_system(self._directory) in local._NAMED_FIRST
+        self.named = local._file_system(self._directory) in local._NAMED_FIRST
         self._count = 0
 
     def write(self, data: bytes) -> None:
@@ -88,7 +88,7 @@ class DurableWriter:
         name = f"{self._count:09d}.json"
         directory = os.open(self._directory, os.O_RDONLY | os.O_DIRECTORY)
         try:
-            if self._named:
+            if self.named:
                 file = os.open(".temporary", os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666, dir_fd=directory)
             else:
                 file = os.open(".", os.O_TMPFILE | os.O_WRONLY, 0o666, dir_fd=directory)
@@ -96,11 +96,11 @@ class DurableWriter:
                 os.write(file, data)
                 os.fsync(file)
                 # Without src_dir_fd Python calls link(), which does not follow, instead of linkat().
-                source = ".temporary" if self._named else f"/proc/self/fd/{file}"
+                source = ".temporary" if self.named else f"/proc/self/fd/{file}"
                 os.link(source, name, src_dir_fd=directory, dst_dir_fd=directory, follow_symlinks=True)
             finally:
                 os.close(file)
-            if self._named:
+            if self.named:
                 os.unlink(".temporary", dir_fd=directory)
             os.fsync(directory)
         finally:
