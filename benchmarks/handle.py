@@ -109,7 +109,7 @@ def durable(bench: Bench) -> Measured:
     )
     details = (
         f"{us(median(found['ours']))} over {us(median(found['by_hand']))} for {len(record)} bytes; blocks of {BLOCK} in turn",
-        f"by hand: {'a temporary name' if by_hand.named else 'O_TMPFILE'}, write, fsync, link, fsync of the directory; no record is deleted",
+        f"by hand: {'a temporary name' if by_hand.named else 'O_TMPFILE'}, write, fsync, link, fsync of the directory; no record goes",
     )
     return Measured(ratio(found, "ours", "by_hand"), details, lambda: profile(save, 200))
 
