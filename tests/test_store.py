@@ -684,6 +684,23 @@ def test_a_file_system_without_nameless_files_gets_named_ones(tmp_path: Path, mo
     assert leftovers(tmp_path) == []
 
 
+@pytest.mark.parametrize("kind", ["ext4 without a journal", "overlay", "ext4", "xfs"])
+def test_only_what_must_not_get_lost_has_a_temporary_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """Where a file that was synced without a name may get lost, that is no matter for one that need not be durable, and is not synced."""
+    monkeypatch.setattr(local, "_file_system", lambda path: kind)
+    store, unlink, temporary = LocalStore(str(tmp_path)), os.unlink, []
+
+    def noted(name: str, **options: Any) -> None:
+        temporary.append(name)
+        unlink(name, **options)
+
+    monkeypatch.setattr(os, "unlink", noted)
+    assert store.create("run/task/w0/000000001.json", b"", durable=False)
+    assert temporary == []
+    assert store.create("run/task/w0/000000002.json", b"")
+    assert len(temporary) == (kind not in {"ext4", "xfs"})
+
+
 @pytest.mark.parametrize("number", [errno.ENOENT, errno.EPERM, errno.EXDEV])
 def test_nameless_files_that_cannot_be_linked_get_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     """Without /proc, or where a nameless file cannot be linked, the create takes a named one by itself."""

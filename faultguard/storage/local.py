@@ -8,7 +8,7 @@ The order is the whole point::
 * A record appears only after every directory above it is durable, so that one fsync of its own directory makes it safe. Where that
   fsync includes the name of a new directory, whoever calls it (ext4, XFS), the one above is spared for a directory just made.
 * Where ext4 has no journal, a file that is fsynced without a name is on the disk as one that is deleted, and stays so after the link
-  and the fsync of the directory: there it has a temporary name first.
+  and the fsync of the directory: there what is fsynced has a temporary name first.
 * Whoever is told "it is there" is told so after an fsync of the directory. Without it, a claim could survive a power cut
   while the save that it points at, whose writer died between link and fsync, did not: entries of a directory reach the
   disk one by one.
@@ -110,12 +110,13 @@ class LocalStore:
         Args:
             root: absolute path of a directory that exists.
             tmpfile: whether to try files without a name (`O_TMPFILE`), which most network file systems do not have. None: unless a
-                name that such a file gets may get lost here.
+                name that such a file gets may get lost here, and must not.
         """
         self.url = root
         self._root = os.path.realpath(root)
         self._kind = _file_system(self._root)
-        self._tmpfile = self._kind not in _NAMED_FIRST if tmpfile is None else tmpfile
+        self._tmpfile = tmpfile is not False
+        self._named_first = tmpfile is None and self._kind in _NAMED_FIRST
         self._unsafe = os.environ.get(UNSAFE_VARIABLE) == "1"
         self._settled: dict[str, _Witness] = {}
         self._made = ""  # the directory that was made last, if its first fsync is one of its name, too
@@ -234,11 +235,12 @@ class LocalStore:
 
         What need not be durable is so all the same where other nodes may see it: one that fails would take the content from them.
         """
-        fd, temporary = self._open_temporary(directory_fd)
+        synced = durable or self._kind not in _OF_ONE_NODE
+        fd, temporary = self._open_temporary(directory_fd, nameless=not (synced and self._named_first))
         try:
             _write(fd, data)
             settled: builtins.list[str] = []
-            if durable or self._kind not in _OF_ONE_NODE:
+            if synced:
                 # If this fails, the kernel may have dropped the data and will call the next fsync of this file a success: the
                 # file is thrown away, and a caller that tries again gets another one.
                 os.fsync(fd)
@@ -253,9 +255,9 @@ class LocalStore:
             if temporary is not None:
                 _unlink(temporary, directory_fd)
 
-    def _open_temporary(self, directory_fd: int) -> tuple[int, str | None]:
-        """Open a file without a name (it goes with its writer), or a temporary one where the file system has no such thing."""
-        if self._tmpfile:
+    def _open_temporary(self, directory_fd: int, *, nameless: bool) -> tuple[int, str | None]:
+        """Open a file without a name (it goes with its writer); one with a temporary name if not `nameless`, or where there is none."""
+        if nameless and self._tmpfile:
             try:
                 return os.open(".", os.O_TMPFILE | os.O_WRONLY, 0o666, dir_fd=directory_fd), None
             except OSError as error:
