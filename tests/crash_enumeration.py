@@ -45,7 +45,7 @@ Choice: TypeAlias = dict[Slot, Value]
 Tree: TypeAlias = dict[str, bytes | None]  # path -> content, None: a directory
 
 
-def enumerate_crashes(script: str, root: Path, check: Callable[[Path, list[str]], None]) -> int:
+def enumerate_crashes(script: str, root: Path, check: Callable[[Path, list[str]], None], *, names: bool = False) -> int:
     """Run a Python script on `root` and check every state that a crash may leave of it.
 
     Args:
@@ -53,6 +53,7 @@ def enumerate_crashes(script: str, root: Path, check: Callable[[Path, list[str]]
         root: a directory; what it holds before the script runs is durable. The script must not write in a relative path.
         check: called as `check(path, acks)`: `path` looks as `root` would after the crash, `acks` is what had been acknowledged
             (in order, without "ACK "). It raises AssertionError if something is lost or torn. It may write below `path`.
+        names: the disk is one where fsync makes all directories above durable, too, as ext4 and XFS do for what is new.
 
     Returns:
         The number of different states checked.
@@ -60,7 +61,7 @@ def enumerate_crashes(script: str, root: Path, check: Callable[[Path, list[str]]
     Raises:
         AssertionError: `check` did; the text also tells the moment and what was on the disk.
     """
-    disk = _Disk(root)
+    disk = _Disk(root, names=names)
     calls = _record(script, root)
     seen: set[tuple[object, ...]] = set()
     memory = Path("/dev/shm")
@@ -199,7 +200,8 @@ def _is_below(path: str, root: str) -> bool:
 class _Disk:
     """What has been written, and for each slot every value that a crash may leave in it: the last durable one and all since."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, *, names: bool) -> None:
+        self._names = names
         self.acks: list[str] = []
         self._root = str(root)
         self._nodes: list[str] = []  # "file" or "directory", by number; 0 is the root
@@ -258,6 +260,9 @@ class _Disk:
             if slot[0] == node:
                 durable = max((i for i, (count, _) in enumerate(history) if count <= begun), default=0)
                 del history[:durable]
+        if self._names:
+            for above in {slot[0] for slot, history in self._history.items() if slot[1] == "entry" and history[-1][1] == node}:
+                self._fsync(above, begun)
 
     # -- names
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 import faultguard
+from faultguard.storage.local import LocalStore
 from tests.crash_enumeration import enumerate_crashes
 from tests.needs import require_strace
 
@@ -16,8 +20,10 @@ REPOSITORY = Path(faultguard.__file__).parent.parent
 PROLOGUE = """
 import os, stat, sys
 sys.path.insert(0, {repository!r})
+from faultguard.storage import local
 from faultguard.storage.local import LocalStore
 
+local._file_system = lambda path: {kind!r}
 base = sys.argv[1]
 root = base + "/made/store"
 
@@ -31,7 +37,7 @@ def skip(kind, fsync=os.fsync):
     def partial(fd):
         path = os.readlink("/proc/self/fd/%d" % fd)
         if not stat.S_ISDIR(os.fstat(fd).st_mode):
-            found = "file"
+            found = "promise" if ".json-" in os.path.basename(path) else "file"
         else:
             found = {{"w": "directory", "task": "parent", "run": "parent of parent", "store": "root", "made": "above"}}.get(
                 os.path.basename(path), "base"
@@ -109,17 +115,34 @@ assert {again}.create(second, payload(second))
 ack(second)
 """
 
+FOLDERS = """
+for worker in "wx":
+    key = "run/task/%s/000000001.json" % worker
+    assert store.create(key, payload(key))
+    ack(key)
+"""
+
+SCRIPTS = {
+    "fresh": CREATES,
+    "made": MADE_BY_ANOTHER + CREATES,
+    "anew": MADE_ANEW,
+    "deletes": DELETES,
+    "folders": FOLDERS,
+}
+WAYS = ["tmpfile", "named", "promised"]
 KINDS = ["file", "directory", "parent", "parent of parent", "root", "above", "base"]
 
 
-def script(*parts: str, tmpfile: bool = True) -> str:
+def script(*parts: str, way: str = "tmpfile") -> str:
     """Put a script together."""
-    return PROLOGUE.format(repository=str(REPOSITORY), tmpfile=tmpfile) + "".join(parts)
+    kind = "ext4" if way == "promised" else "btrfs"  # a local disk that says nothing of the names of what is fsynced
+    return PROLOGUE.format(repository=str(REPOSITORY), tmpfile=way != "named", kind=kind) + "".join(parts)
 
 
 def check(path: Path, acks: list[str]) -> None:
     """Every acknowledged key that was not given up is there, and every key that is there is whole."""
     root = path / "made" / "store"
+    keep_promises(root)
     gone = {ack.removeprefix("gone ") for ack in acks if ack.startswith("gone ")}
     for key in acks:
         if key.startswith("run/") and key not in gone:
@@ -127,6 +150,12 @@ def check(path: Path, acks: list[str]) -> None:
     for file in root.rglob("*.json"):
         key = str(file.relative_to(root))
         assert file.read_bytes() == (key * 100).encode(), f"{key} is torn"
+
+
+def keep_promises(root: Path) -> None:
+    """Look at a store as whoever comes after the crash does."""
+    if root.exists():
+        LocalStore(str(root)).list("")
 
 
 def fresh(tmp_path: Path) -> Path:
@@ -141,35 +170,50 @@ def _strace() -> None:
     require_strace()
 
 
-@pytest.mark.parametrize("tmpfile", [True, False], ids=["tmpfile", "named"])
-@pytest.mark.parametrize("parts", [CREATES, MADE_BY_ANOTHER + CREATES, MADE_ANEW, DELETES], ids=["fresh", "made", "anew", "deletes"])
-def test_acknowledged_records_survive(tmp_path: Path, parts: str, *, tmpfile: bool) -> None:
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("parts", SCRIPTS.values(), ids=SCRIPTS)
+def test_acknowledged_records_survive(tmp_path: Path, parts: str, way: str) -> None:
     """No crash loses an acknowledged record or leaves half of one, whoever made the directories."""
-    assert enumerate_crashes(script(parts, tmpfile=tmpfile), tmp_path, check) >= 8
+    assert enumerate_crashes(script(parts, way=way), tmp_path, check, names=way == "promised") >= 8
 
 
-@pytest.mark.parametrize("tmpfile", [True, False], ids=["tmpfile", "named"])
+@pytest.mark.parametrize("way", ["tmpfile", "named"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_fsync_is_needed(tmp_path: Path, kind: str, *, tmpfile: bool) -> None:
+def test_every_fsync_is_needed(tmp_path: Path, kind: str, way: str) -> None:
     """Without any one kind of fsync the harness finds a crash that loses or tears a record."""
     parts = f"\nskip({kind!r})\n"
     with pytest.raises(AssertionError, match=r"torn" if kind == "file" else r"lost"):
-        enumerate_crashes(script(parts, MADE_BY_ANOTHER, CREATES, tmpfile=tmpfile), tmp_path, check)
+        enumerate_crashes(script(parts, MADE_BY_ANOTHER, CREATES, way=way), tmp_path, check)
 
 
-@pytest.mark.parametrize("tmpfile", [True, False], ids=["tmpfile", "named"])
-def test_the_name_of_a_second_folder_is_synced_too(tmp_path: Path, *, tmpfile: bool) -> None:
-    """Where a file system says nothing of it; where one promises it (see `test_power`), the model of a disk knows no mercy."""
-    folders = """
-store._kind = {kind!r}
-for worker in "wx":
-    key = "run/task/%s/000000001.json" % worker
-    assert store.create(key, payload(key))
-    ack(key)
+@pytest.mark.parametrize("parts", [CREATES, FOLDERS], ids=["one folder", "a folder each"])
+def test_a_promise_needs_its_fsync_and_a_disk_where_that_includes_its_name(tmp_path: Path, parts: str) -> None:
+    """Which those that we know do (see `test_power`); the model of any other disk knows no mercy."""
+    for names, more in ((True, "\nskip('promise')\n"), (False, "")):
+        with pytest.raises(AssertionError, match=r"lost|torn"):
+            enumerate_crashes(script(more, parts, way="promised"), fresh(tmp_path), check, names=names)
+
+
+def test_a_promise_is_kept_by_whoever_looks_and_only_then_removed(tmp_path: Path) -> None:
+    """What was acknowledged is found after a second crash, too, in the middle of the first look."""
+    dies = """
+first, second = ["run/task/w/%09d.json" % number for number in (1, 2)]
+assert store.create(first, payload(first)) and store.create(second, payload(second))
+os.unlink(root + "/" + second)  # what a crash may leave: the promise, and no record
 """
-    assert enumerate_crashes(script(folders.format(kind=""), tmpfile=tmpfile), fresh(tmp_path), check) >= 8
-    with pytest.raises(AssertionError, match=r"x/000000001\.json is lost"):
-        enumerate_crashes(script(folders.format(kind="ext4"), tmpfile=tmpfile), fresh(tmp_path), check)
+    root = fresh(tmp_path)
+    subprocess.run([sys.executable, "-c", script(dies, way="promised"), str(root)], check=True)
+    again = """
+first, second = ["run/task/w/%09d.json" % number for number in (1, 2)]
+assert {told}
+ack(second)
+"""
+    for told in ("store.list('run/') == [first, second]", "store.get(second) == payload(second)", "not store.create(second, b'')"):
+        place = fresh(tmp_path)
+        shutil.copytree(root, place, dirs_exist_ok=True)
+        looks = script(again.format(told=told), way="promised").replace("os.makedirs(root)\n", "")
+        for names in (True, False):
+            assert enumerate_crashes(looks, place, check, names=names) >= 2
 
 
 @pytest.mark.parametrize("read", ["store.list('run/')", "store.get(second)", "store.create(second, b'')"], ids=["list", "get", "create"])
@@ -231,8 +275,8 @@ ack(second)
 def test_what_need_not_be_durable_is_so_where_nodes_may_share_it(tmp_path: Path) -> None:
     """On a file system that may be one of several nodes, one that fails would take the content from the others."""
     first = "key = 'run/task/w/000000001.json'\nassert store.create(key, payload(key), durable=False)\nack(key)\n"
-    for tmpfile in (True, False):
-        assert enumerate_crashes(script("\nstore._kind = 'nfs4'\n", first, tmpfile=tmpfile), fresh(tmp_path), check) >= 8
+    for way in ("tmpfile", "named"):
+        assert enumerate_crashes(script("\nstore._kind = 'nfs4'\n", first, way=way), fresh(tmp_path), check) >= 8
     with pytest.raises(AssertionError, match=r"lost|torn"):
         enumerate_crashes(script(first), fresh(tmp_path), check)
 

@@ -129,6 +129,29 @@ def test_what_is_acknowledged_is_on_the_disk(tmp_path: Path, kind: str, *, volat
 
 
 @pytest.mark.parametrize("kind", list(FILE_SYSTEMS))
+@pytest.mark.parametrize("step", ["before_link", "after_link", "before_dir_fsync"])
+def test_in_the_middle_of_a_record_the_power_leaves_it_or_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, step: str
+) -> None:
+    """And all that were acknowledged before it, in the same folder and in those before."""
+    keys = [f"run/task/w{worker}/{number:09d}.json" for worker in range(4) for number in (1, 2, 3)]
+    with loop_disk(tmp_path / "disk", kind) as disk:
+        store = store_on(disk)
+        images: list[Path] = []
+        monkeypatch.setattr(local, "step_hook", lambda name, key: images.append(disk.held(f"{len(images)}")) if name == step else None)
+        for key in keys:
+            assert store.create(key, content_of(key))
+        monkeypatch.setattr(local, "step_hook", None)
+        for count, image in enumerate(images):
+            with disk.found(image) as place:
+                found = LocalStore(str(place / "store"))
+                assert [key for key in keys[:count] if not is_whole(place / "store", key)] == []
+                assert found.get(keys[count]) in {None, content_of(keys[count])}
+                assert set(found.list("run/")) <= set(keys[: count + 1])
+    assert len(images) == len(keys)
+
+
+@pytest.mark.parametrize("kind", list(FILE_SYSTEMS))
 @pytest.mark.parametrize("told", ["list", "get", "create"])
 def test_what_a_reader_is_told_is_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, told: str) -> None:
     """Its writer, which has made the folder, dies between the link and the fsync of the folder."""
@@ -195,8 +218,8 @@ def content_of(key: str) -> bytes:
 
 
 def is_whole(root: Path, key: str) -> bool:
-    """Whether a record is there, with its content."""
-    return (root / key).exists() and (root / key).read_bytes() == content_of(key)
+    """Whether a record is there, with its content, for who looks."""
+    return LocalStore(str(root)).get(key) == content_of(key)
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ from hypothesis import strategies as st
 
 import faultguard
 from faultguard.errors import AmbiguousReplyError, CheckpointCorruptError, CheckpointStoreError, UsageError
+from faultguard.storage import leftovers as hidden
 from faultguard.storage import local, open_store, store_id
 from faultguard.storage.local import LocalStore
 from faultguard.storage.memory import MemoryStore
@@ -281,7 +282,7 @@ def test_leftovers_of_dead_writers_go_and_those_of_living_ones_stay(tmp_path: Pa
 
 def test_whose_leftover_it_is_shows_in_its_name(tmp_path: Path) -> None:
     """A pid used again is not its predecessor; of another host, boot or container only what is a day old goes."""
-    mine = local._temporary_name()
+    mine = hidden.temporary_name()
     host, pid, began, number = mine.removeprefix(".tmp-").rsplit("-", 3)
     again = f".tmp-{host}-{pid}-{int(began) - 1}-{number}"
     other, old = f".tmp-{'0' * 32}-1-{pid}-{began}-0", f".tmp-{'0' * 32}-1-{pid}-{began}-1"
@@ -295,22 +296,26 @@ def test_whose_leftover_it_is_shows_in_its_name(tmp_path: Path) -> None:
 
 def test_a_process_hidden_in_proc_counts_as_living(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Where /proc does not show the processes of others, what may be theirs is spared."""
-    name = local._temporary_name()
-    began = int(name.split("-")[4])
-    monkeypatch.setattr(local, "_process", lambda pid: (_ for _ in ()).throw(FileNotFoundError()))
-    assert local._is_alive(local._host(), os.getpid(), str(began - 1), name, 0)
+    name = hidden.temporary_name()
+    host, pid, began, number = name.removeprefix(".tmp-").rsplit("-", 3)
+    monkeypatch.setattr(hidden, "process", lambda pid: (_ for _ in ()).throw(FileNotFoundError()))
+    names = [f".tmp-{host}-{pid}-{int(began) - 1}-{number}", f".tmp-{host}-1-1-{number}"]
+    for name in names:
+        (tmp_path / name).touch()
+    LocalStore(str(tmp_path)).list("")
     monkeypatch.setattr(os, "kill", lambda pid, number: (_ for _ in ()).throw(PermissionError()))
-    assert local._is_alive(local._host(), 1, "1", name, 0)
+    LocalStore(str(tmp_path)).list("")
+    assert leftovers(tmp_path) == sorted(names)
 
 
 FORK = """
 import json, os, sys
-from faultguard.storage import local
+from faultguard.storage import leftovers, local
 store = local.LocalStore(sys.argv[1], tmpfile=False)
 store.create("run/w/parent", b"")
 if os.fork() == 0:
     store.create("run/w/child", b"")
-    os._exit(0 if f"-{os.getpid()}-{local._process(os.getpid())[1]}-" in local._temporary_name() else 1)
+    os._exit(0 if f"-{os.getpid()}-{leftovers.process(os.getpid())[1]}-" in leftovers.temporary_name() else 1)
 print(json.dumps([os.waitpid(-1, 0)[1], store.list("")]))
 """
 
@@ -358,6 +363,7 @@ def test_a_full_disk_is_told_and_left_clean(kind: str, small_disk: Path, monkeyp
 RECORDED = """
 import json, os, sys
 from faultguard.errors import FaultguardError
+from faultguard.storage import local
 from faultguard.storage.local import LocalStore
 
 calls, fsync = [], os.fsync
@@ -375,6 +381,7 @@ def tell(call, *arguments):
         said = type(error).__name__
     return said.decode() if isinstance(said, bytes) else said
 
+local._file_system = lambda path: sys.argv[3]
 store = LocalStore(sys.argv[1], tmpfile=sys.argv[2] == "True")
 one, two, three = ["run/task/w0/%09d.json" % number for number in (1, 2, 3)]
 told = [tell(store.create, one, b"1"), tell(store.create, two, b"2"), tell(store.get, two), tell(store.list, "")]
@@ -408,12 +415,12 @@ def test_what_is_listed_is_durable_and_no_fsync_is_wasted_on_a_record_of_its_own
     assert run(RECORDED + LISTED, str(root)) == [[1, 0], [1, 1], [1, 1], [2, 1]]
 
 
-def inject(root: Path, when: str, *, tmpfile: bool) -> tuple[list[Any], list[str]]:
+def inject(root: Path, when: str, *, tmpfile: bool = True, kind: str = "btrfs") -> tuple[list[Any], list[str]]:
     """Run `FSYNCS` on a fresh root with some fsyncs failing."""
     shutil.rmtree(root, ignore_errors=True)
     root.mkdir()
     command = ("strace", "-f", "--seccomp-bpf", "-o", "/dev/null", "-e", "trace=fsync", "-e", f"inject=fsync:error=EIO:when={when}")
-    told, calls = run(RECORDED + FSYNCS, str(root), str(tmpfile), command=command)
+    told, calls = run(RECORDED + FSYNCS, str(root), str(tmpfile), kind, command=command)
     return told, calls
 
 
@@ -444,6 +451,27 @@ def test_a_failed_fsync_is_never_taken_for_success(tmp_path: Path, *, tmpfile: b
     # The third record gets no name before the directory is durable.
     assert [call == directory for call in calls[second + 1 :]] == [True, True, True, False, True]
     assert files(root / "run/task/w0") == ["000000001.json", "000000002.json"]  # nothing new on top of the doubtful one
+
+
+@pytest.mark.parametrize("kind", ["ext4", "xfs", "ext4 without a journal"])
+def test_a_promise_whose_fsync_fails_is_none(tmp_path: Path, kind: str) -> None:
+    """The file is thrown away; what comes after it is made durable from above, because the kernel may call the next fsync a success."""
+    require_strace()
+    root = tmp_path / "store"
+    keys = [f"run/task/w0/{number:09d}.json" for number in (1, 2, 3)]
+    directory = str(root / "run/task/w0")
+    told, calls = inject(root, "999", kind=kind)
+    assert told == [True, True, "2", keys[:2], True]
+    second = len(calls) - 4  # the last fsyncs are of: the promise (create 2), get, list, the promise (create 3)
+    names = [Path(call).name for call in calls[second:]]
+    assert [f"-{Path(key).name}-" in name for key, name in zip((keys[1], keys[2]), (names[0], names[3]), strict=True)] == [True, True]
+    assert names[1:3] == ["w0", "w0"]
+    assert leftovers(root) == [f"run/task/w0/{names[3]}"]
+    told, calls = inject(root, str(second + 1), kind=kind)
+    assert told == [True, "CheckpointStoreError", None, keys[:1], True]
+    assert calls[second + 1] == directory  # at once, or a crash could bring it back
+    assert {directory, str(root / "run/task")} <= set(calls[second + 4 :])
+    assert leftovers(root) == []
 
 
 READ_ONLY = """
@@ -556,17 +584,16 @@ def test_not_created_means_not_created(disk: LocalStore, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("kind", ["xfs", "ext4 without a journal"])
-@pytest.mark.parametrize("which", [1, 2], ids=["of the file", "of the folder"])
 def test_a_new_folder_whose_first_fsync_fails_is_made_durable_from_above(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, which: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    """Where that fsync, or that of the file, includes the name of the folder, the kernel may call the next one a success."""
+    """Where the fsync of a file includes the name of its new folder, the kernel may call the next one a success."""
     monkeypatch.setattr(local, "_file_system", lambda path: kind)
     store, fsync, names = LocalStore(str(tmp_path)), os.fsync, []
 
     def noted(descriptor: int) -> None:
         names.append(Path(f"/proc/self/fd/{descriptor}").readlink().name)
-        if len(names) == which:
+        if len(names) == 1:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         fsync(descriptor)
 
@@ -575,7 +602,7 @@ def test_a_new_folder_whose_first_fsync_fails_is_made_durable_from_above(
     monkeypatch.setattr(os, "fsync", noted)
     with pytest.raises(CheckpointStoreError):
         store.create("run/task/w1/000000002.json", b"x")
-    assert len(names) == which
+    assert "000000002.json" in names[0]
     assert "task" not in names
     store.create("run/task/w1/000000003.json", b"x")
     assert "task" in names
@@ -620,7 +647,8 @@ def test_deletes_leave_no_empty_directories(disk: LocalStore) -> None:
     disk.create(KEY, b"")
     disk.create("run/task/w1/000000001.json", b"")
     disk.delete(KEY)
-    assert files(disk.url) == ["run", "run/task", "run/task/w1", "run/task/w1/000000001.json"]
+    seen = [path for path in files(disk.url) if path not in leftovers(disk.url)]
+    assert seen == ["run", "run/task", "run/task/w1", "run/task/w1/000000001.json"]
     disk.delete("run/task/w1/000000001.json")
     assert files(disk.url) == []
     assert Path(disk.url).is_dir()

@@ -95,6 +95,10 @@ def commit_recipe() -> dict[str, Any]:
     return recipe
 
 
+# How an incarnation writes: on which file system, and whether files may be without a name.
+FILES = {"tmpfile": ("btrfs", True), "named": ("btrfs", False), "promised": ("ext4", True)}
+
+
 class UnclearStore:
     """A store that, once armed, freezes in a create and has no clear answer when it thaws."""
 
@@ -130,9 +134,11 @@ class UnclearStore:
 class Incarnation:
     """What one process can be asked to do."""
 
-    def __init__(self, root: str, ray_attempt: int, tmpfile: bool) -> None:
+    def __init__(self, root: str, ray_attempt: int, files: str) -> None:
         self._root = root
         self._ray_attempt = ray_attempt
+        kind, tmpfile = FILES[files]
+        local._file_system = lambda path: kind  # in this process, which serves the tests only
         self._store = UnclearStore(LocalStore(root, tmpfile=tmpfile))
         self._attempts: dict[str, tuple[Attempt, Iterator[int]]] = {}
 
@@ -365,12 +371,12 @@ def idle() -> Iterator[list[Process]]:
 
 @pytest.fixture
 def start(root: Path, idle: list[Process], request: pytest.FixtureRequest) -> Iterator[Start]:
-    """Starts incarnations; none outlives the test. Its parameter says whether they write files without a name."""
+    """Starts incarnations; none outlives the test. Its parameter says how they write files."""
     used: list[Process] = []
 
     def begin(ray_attempt: int) -> Process:
         used.append(process := idle.pop() if idle else Process())
-        assert process.ask("begin", str(root), ray_attempt, getattr(request, "param", True)) is None
+        assert process.ask("begin", str(root), ray_attempt, getattr(request, "param", "promised")) is None
         return process
 
     yield begin
@@ -487,23 +493,24 @@ def test_a_lost_reply_is_resolved_after_the_thaw(moment: str, happened: str, way
     assert resumed(root, 2) == base + [1] * done
 
 
-@pytest.mark.parametrize("start", [True, False], ids=["tmpfile", "named"], indirect=True)
+@pytest.mark.parametrize("start", FILES, indirect=True)
 @pytest.mark.parametrize("moment", ["claimed", "cleaned"])
 @pytest.mark.parametrize("step", ["before_link", "inside_link", "after_link", "before_dir_fsync"])
 @pytest.mark.parametrize("way", ["wait", "advance"])
-def test_frozen_at_a_step_of_its_save(way: str, step: str, moment: str, root: Path, start: Start) -> None:
-    """A save that was linked in time is loaded by the replacement; one that was not never comes."""
+def test_frozen_at_a_step_of_its_save(way: str, step: str, moment: str, root: Path, start: Start, request: pytest.FixtureRequest) -> None:
+    """A save that was linked, or promised, in time is loaded by the replacement; one that was not never comes."""
+    unlinked = step == "before_link" and request.node.callspec.params["start"] != "promised"
     old, new = start(0), start(1)
     assert old.ask("claim", W) == []
     old.save()
     old.freeze_at(step, "batch", W, way)
-    base = [0] if step == "before_link" else [0, 0]
+    base = [0] if unlinked else [0, 0]
     assert new.ask("claim", W) == base
     new.save(batches=(done := 3 if moment == "cleaned" else 0))
     before = contents(root)
     old.thaw()
     told = old.receive()
-    if step == "before_link" or (step, moment) == ("inside_link", "cleaned"):
+    if unlinked or (step in {"before_link", "inside_link"} and moment == "cleaned"):
         assert told == (SUPERSEDED if way == "wait" else 1)
         assert old.ask("durable", W) == 1
     else:
@@ -565,31 +572,35 @@ def test_an_external_commit_that_a_zombie_cannot_repeat(how: str, root: Path, st
         assert added == [1, 1, 1, 1]
 
 
+@pytest.mark.parametrize("start", FILES, indirect=True)
 @pytest.mark.parametrize("way", ["wait", "advance"])
-def test_four_incarnations_with_two_saves_under_way(way: str, root: Path, start: Start) -> None:
-    """The same, with 1 and 2 frozen where nothing but the link of their save is left to do."""
+def test_four_incarnations_with_two_saves_under_way(way: str, root: Path, start: Start, request: pytest.FixtureRequest) -> None:
+    """The same, with 1 and 2 frozen where nothing but the link of their save is left to do; if it was promised, others do it."""
+    promised = request.node.callspec.params["start"] == "promised"
     first, second, third, fourth = (start(attempt) for attempt in range(4))
     assert first.ask("claim", W) == []
     first.save()
     first.freeze_at("before_link", "batch", W, way)
-    assert second.ask("claim", W) == [0]
+    assert second.ask("claim", W) == ([0, 0] if promised else [0])
     second.freeze_at("before_link", "batch", W, way)
     first.thaw()
-    assert first.receive() == (SUPERSEDED if way == "wait" else 1)
+    assert first.receive() == (2 if promised else SUPERSEDED if way == "wait" else 1)
     assert_superseded(first, way)
-    assert third.ask("claim", W) == [0]
+    base = [0, 0, 1] if promised else [0]
+    assert third.ask("claim", W) == base
     third.save(batches=2)
     third.die()
     second.thaw()
-    assert second.receive() == (SUPERSEDED if way == "wait" else 1)
+    assert second.receive() == (SUPERSEDED if way == "wait" else 2 if promised else 1)  # what 1 or 3 has linked for it, 3 has deleted since
     assert_superseded(second, way)
-    assert fourth.ask("claim", W) == [0, 2, 2]
+    assert fourth.ask("claim", W) == [*base, 2, 2]
     fourth.die()
-    assert resumed(root, 4) == [0, 2, 2]
+    assert resumed(root, 4) == [*base, 2, 2]
 
 
+@pytest.mark.parametrize("start", FILES, indirect=True)
 @pytest.mark.parametrize("step", ["before_link", "inside_link", "after_link", "before_dir_fsync"])
-def test_four_incarnations_with_a_save_and_a_claim_under_way(step: str, root: Path, start: Start) -> None:
+def test_four_incarnations_with_a_save_and_a_claim_under_way(step: str, root: Path, start: Start, request: pytest.FixtureRequest) -> None:
     """1 is frozen in a save and 2 in its claim: either 1 saves, or 2 was first; 3 resumes there, 2 is refused, 4 goes on from 3."""
     first, second, third, fourth = (start(attempt) for attempt in range(4))
     assert first.ask("claim", W) == []
@@ -597,7 +608,7 @@ def test_four_incarnations_with_a_save_and_a_claim_under_way(step: str, root: Pa
     first.freeze_at("before_link", "batch", W, "wait")
     second.freeze_at(step, "claim", W)
     first.thaw()
-    saved = step == "before_link"
+    saved = step == "before_link" or request.node.callspec.params["start"] == "promised"  # then the claim has linked it
     assert first.receive() == (2 if saved else SUPERSEDED)
     base = [0, 0] if saved else [0]
     assert third.ask("claim", W) == base

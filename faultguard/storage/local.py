@@ -7,6 +7,8 @@ The order is the whole point::
 * A name appears only after its content is durable, so that no reader, and no crash, ever sees half a record.
 * A record appears only after every directory above it is durable, so that one fsync of its own directory makes it safe. Where that
   fsync includes the name of a new directory, whoever calls it (ext4, XFS), the one above is spared for a directory just made.
+* There, too, the first record of such a directory needs one fsync instead of two. That of the file takes its name along, and the
+  name is a promise: it says which record this is, and the sha256 of its content. Whoever finds a promise, and no record, links it.
 * Where ext4 has no journal, a file that is fsynced without a name is on the disk as one that is deleted, and stays so after the link
   and the fsync of the directory: there what is fsynced has a temporary name first.
 * Whoever is told "it is there" is told so after an fsync of the directory. Without it, a claim could survive a power cut
@@ -14,24 +16,22 @@ The order is the whole point::
   disk one by one.
 """
 # This module is a sequence of system calls, with file descriptors and `dir_fd`, which pathlib does not have.
-# ruff: noqa: PTH102, PTH103, PTH106, PTH108, PTH112, PTH115, PTH116, PTH120
+# ruff: noqa: PTH102, PTH103, PTH106, PTH108, PTH112, PTH116, PTH120, PTH208
 
 from __future__ import annotations
 
 import errno
-import functools
-import itertools
 import os
 import re
 import time
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Literal, TypeAlias
 
-from faultguard._core.names import check_key, check_prefix
+from faultguard._core.names import check_key, check_prefix, record_number
 from faultguard.errors import AmbiguousReplyError, CheckpointStoreError, UsageError
-from faultguard.storage import STORE_KEY
+from faultguard.storage import STORE_KEY, leftovers
 
 if TYPE_CHECKING:
     import builtins
@@ -45,7 +45,6 @@ _DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY
 _NEW_FILE: Final = os.O_WRONLY | os.O_CREAT | os.O_EXCL
 _MAX_TRIES: Final = 100  # of a create whose directory is removed under it again and again
 _MAX_SETTLED: Final = 10_000
-_LEFTOVER_AGE_S: Final = 86_400.0
 _EMPTY_WAIT_S: Final = 0.2
 _MAX_IDENTITY: Final = 1 << 12
 _NO_JOURNAL: Final = "ext4 without a journal"
@@ -78,6 +77,20 @@ def _step(name: str, key: str) -> None:
         step_hook(name, key)
 
 
+_Way: TypeAlias = 'Literal["synced", "promised", "volatile"]'
+"""Synced: the file, then its directory. Promised: the file, with a name that says what it is to be. Volatile: nothing."""
+
+
+@dataclass(slots=True)
+class _File:
+    """One that was written: its hidden name, what it is if it became the record, and the directories that are durable with it."""
+
+    way: _Way
+    temporary: str
+    made: os.stat_result | None = None
+    settled: list[str] = field(default_factory=list)
+
+
 @dataclass(frozen=True, slots=True)
 class _Witness:
     """A record made by this process; while it is there, the directories above it are the ones that were made durable.
@@ -89,6 +102,7 @@ class _Witness:
     device: int
     inode: int
     mtime_ns: int
+    promise: str = ""  # the hidden name that makes it durable, until its directory is fsynced
 
     def is_there(self) -> bool:
         try:
@@ -153,7 +167,12 @@ class LocalStore:
         path = f"{self._root}/{check_key(key)}"
         with self._translated("read", path):
             try:
-                data = self._read(path)
+                try:
+                    data = self._read(path)
+                except FileNotFoundError:
+                    if not self._keep_promises(_parent(path)):
+                        raise
+                    data = self._read(path)
                 _fsync_directory(_parent(path))
             except (FileNotFoundError, NotADirectoryError):
                 self._check_place(_parent(path))
@@ -178,6 +197,7 @@ class LocalStore:
         path = f"{self._root}/{check_key(key)}"
         _step("before_delete", key)
         with self._translated("deleted", path), suppress(FileNotFoundError, NotADirectoryError):
+            self._withdraw(path)
             os.unlink(path)
         _step("after_delete", key)
         self._prune(_parent(path))
@@ -196,7 +216,9 @@ class LocalStore:
                         self._make(directory)
                 raise FileNotFoundError(errno.ENOENT, f"its directory was removed {_MAX_TRIES} times while it was written")
             except OSError:
-                self._made = ""  # whether its name will be durable with the next fsync is not known
+                # Whether its names will be durable with the next fsync is not known.
+                self._made = ""
+                self._settled.pop(directory, None)
                 self._prune(directory)
                 raise
 
@@ -205,101 +227,130 @@ class LocalStore:
         # the link fails with ENOENT, even if another process has made it anew.
         directory_fd = os.open(directory, _DIRECTORY)
         try:
-            made, settled = self._write_and_link(directory, directory_fd, key, data, durable=durable)
+            file = self._write_and_link(directory, directory_fd, key, data, self._way(directory, key, durable=durable))
             _step("before_dir_fsync", key)
             try:
                 # Also if the key exists: its writer may have died before it did this, and our caller goes by what is there.
-                if settled or made is None:
+                if file.way == "synced" or file.made is None:
                     os.fsync(directory_fd)
             except OSError as error:
                 self._settled.pop(directory, None)  # the next create here starts with an fsync, and fails if that does
                 self._made = ""
-                if made is None:
+                if file.made is None:
                     raise
                 msg = self._ambiguous(key, "its directory could not be made durable", error)
                 raise AmbiguousReplyError(msg, errno=error.errno) from error
+            if file.way != "volatile":
+                self._redeem(directory, directory_fd)
         finally:
             _close(directory_fd)
-        if made is None:
+        if file.made is None:
             return False
-        witness = _Witness(f"{self._root}/{key}", made.st_dev, made.st_ino, made.st_mtime_ns)
-        self._settled.update(dict.fromkeys(settled, witness))
-        if not settled:
+        promise = file.temporary if file.way == "promised" else ""
+        witness = _Witness(f"{self._root}/{key}", file.made.st_dev, file.made.st_ino, file.made.st_mtime_ns, promise)
+        if len(self._settled) >= _MAX_SETTLED:
+            self._settled.clear()
+        self._settled.update(dict.fromkeys(file.settled, witness))
+        if file.way == "volatile":
             self._volatile = (directory, witness)
         return True
 
-    def _write_and_link(
-        self, directory: str, directory_fd: int, key: str, data: bytes, *, durable: bool
-    ) -> tuple[os.stat_result | None, builtins.list[str]]:
-        """Give durable content its name: the file (None if there is one of that name), and the directories that are durable with it.
+    def _way(self, directory: str, key: str, *, durable: bool) -> _Way:
+        """How a record is made.
 
         What need not be durable is so all the same where other nodes may see it: one that fails would take the content from them.
         """
-        synced = durable or self._kind not in _OF_ONE_NODE
-        fd, temporary = self._open_temporary(directory_fd, nameless=not (synced and self._named_first))
+        if not durable and self._kind in _OF_ONE_NODE:
+            return "volatile"
+        if self._kind not in _NAME_INCLUDED or self._unsafe or record_number(key.rpartition("/")[2]) is None:
+            return "synced"
+        begun = directory == self._made and self._is_settled(_parent(directory))
+        return "promised" if begun or self._is_settled(directory) else "synced"
+
+    def _write_and_link(self, directory: str, directory_fd: int, key: str, data: bytes, way: _Way) -> _File:
+        """Give content its name; what is durable is so before."""
+        fd, temporary = self._open_temporary(directory_fd, key, data, way)
+        file = _File(way, temporary)
         try:
             _write(fd, data)
-            settled: builtins.list[str] = []
-            if synced:
+            if way != "volatile":
                 # If this fails, the kernel may have dropped the data and will call the next fsync of this file a success: the
                 # file is thrown away, and a caller that tries again gets another one.
                 os.fsync(fd)
                 # Before the link: nobody may be told of a record whose directory a crash can take.
-                settled = self._settle(directory, directory_fd)
+                file.settled = self._settle(directory, directory_fd) if way == "synced" else [directory]
             _step("before_link", key)
-            made = self._link(fd, temporary, directory_fd, key)
+            file.made = self._link(fd, file, directory_fd, key)
             _step("after_link", key)
-            return made, settled
+            return file
         finally:
             _close(fd)
-            if temporary is not None:
-                _unlink(temporary, directory_fd)
+            if way != "promised":
+                if temporary:
+                    leftovers.unlink(temporary, directory_fd)
+            elif file.made is None:
+                leftovers.unlink(temporary, directory_fd)
+                with suppress(OSError):
+                    os.fsync(directory_fd)  # or a crash could bring it back
 
-    def _open_temporary(self, directory_fd: int, *, nameless: bool) -> tuple[int, str | None]:
-        """Open a file without a name (it goes with its writer); one with a temporary name if not `nameless`, or where there is none."""
-        if nameless and self._tmpfile:
+    def _redeem(self, directory: str, directory_fd: int) -> None:
+        """What was promised here before is durable under its own name by now."""
+        witness = self._settled.get(directory)
+        if witness is not None and witness.promise and _parent(witness.path) == directory:
+            leftovers.unlink(witness.promise, directory_fd)
+
+    def _open_temporary(self, directory_fd: int, key: str, data: bytes, way: _Way) -> tuple[int, str]:
+        """Open a file without a name (it goes with its writer), or with a hidden one, where that is needed or there is no such thing."""
+        if way == "promised":
+            name = leftovers.promise_name(key.rpartition("/")[2], data)
+        elif self._tmpfile and (way == "volatile" or not self._named_first):
             try:
-                return os.open(".", os.O_TMPFILE | os.O_WRONLY, 0o666, dir_fd=directory_fd), None
+                return os.open(".", os.O_TMPFILE | os.O_WRONLY, 0o666, dir_fd=directory_fd), ""
             except OSError as error:
                 if not os.fstat(directory_fd).st_nlink:  # the directory was removed, which ext4 calls EPERM here
                     raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT)) from error
                 if error.errno not in _NO_TMPFILE:
                     raise
                 self._tmpfile = False
-        temporary = _temporary_name()
-        return os.open(temporary, _NEW_FILE, 0o666, dir_fd=directory_fd), temporary
+                name = leftovers.temporary_name()
+        else:
+            name = leftovers.temporary_name()
+        return os.open(name, _NEW_FILE, 0o666, dir_fd=directory_fd), name
 
-    def _link(self, fd: int, temporary: str | None, directory_fd: int, key: str) -> os.stat_result | None:
+    def _link(self, fd: int, file: _File, directory_fd: int, key: str) -> os.stat_result | None:
         """Link the file as the last part of `key`: what it is then, None if there is one. Here exactly one of several writers wins."""
-        name = key.rpartition("/")[2]
-        links = 1 if temporary is None else 2
+        name, temporary = key.rpartition("/")[2], file.temporary
         try:
             # With a dir_fd Python calls linkat(AT_SYMLINK_FOLLOW); link() would link the symlink in /proc.
             source = temporary or f"/proc/self/fd/{fd}"
             os.link(source, name, src_dir_fd=directory_fd, dst_dir_fd=directory_fd, follow_symlinks=True)
         except OSError as error:
             found = _found(fd)
-            if found is not None and found.st_nlink == links:  # NFS: done, but the reply was lost, and the client's second try failed
+            # NFS: done, but the reply was lost, and the client's second try failed. Or somebody has kept our promise.
+            if found is not None and _is_linked(found, temporary, name, directory_fd):
                 return found
-            if error.errno == errno.EEXIST and found is not None:
+            # Whoever makes a directory durable removes the promises in it of what is there, and of what is to be deleted.
+            removed = file.way == "promised" and error.errno == errno.ENOENT
+            if found is not None and (error.errno == errno.EEXIST or (removed and leftovers.is_there(name, directory_fd))):
                 return None
             if self._try_named(error, temporary, directory_fd):
                 raise FileNotFoundError(errno.ENOENT, "once more, with a named file") from error
-            if temporary is not None and found is not None and error.errno in _NO_HARD_LINKS and self._unsafe:
+            if temporary and found is not None and error.errno in _NO_HARD_LINKS and self._unsafe:
                 return found if _rename(temporary, name, directory_fd) else None
-            if error.errno in _SURELY_NOT:
+            if error.errno in _SURELY_NOT and not removed:
                 raise
             msg = self._ambiguous(key, "the file system did not say whether it was linked", error)
             raise AmbiguousReplyError(msg, errno=error.errno) from error
         found = _found(fd)
-        if found is None or found.st_nlink != links:  # NFS says "done" and did not, or somebody has deleted the record already
+        # NFS says "done" and did not, or somebody has deleted the record already
+        if found is None or not _is_linked(found, temporary, name, directory_fd):
             gone = OSError(errno.ENOLINK, "linked, but not there")
             raise AmbiguousReplyError(self._ambiguous(key, "the file system linked it, and it is not there", gone), errno=gone.errno)
         return found
 
-    def _try_named(self, error: OSError, temporary: str | None, directory_fd: int) -> bool:
+    def _try_named(self, error: OSError, temporary: str, directory_fd: int) -> bool:
         """After a failed link of a nameless file: whether a named one may do (no /proc here, or a file system that cannot)."""
-        if temporary is not None or error.errno not in {errno.ENOENT, errno.EXDEV, *_NO_HARD_LINKS}:
+        if temporary or error.errno not in {errno.ENOENT, errno.EXDEV, *_NO_HARD_LINKS}:
             return False
         if not os.fstat(directory_fd).st_nlink:  # the directory was removed: an ordinary ENOENT
             return False
@@ -325,13 +376,10 @@ class LocalStore:
         """
         if self._is_settled(directory):
             return [directory]
-        if len(self._settled) >= _MAX_SETTLED:
-            self._settled.clear()
-        if directory == self._made and self._is_settled(_parent(directory)):
-            return [directory]  # by the fsync of its first record
-        names = _remove_leftovers(os.listdir(directory_fd), directory_fd)
-        if names and not self._has_made_lately(directory, [f"{directory}/{name}" for name in names]):
+        found = leftovers.tidy(os.listdir(directory_fd), directory_fd)
+        if found.names and not self._has_made_lately(directory, [f"{directory}/{name}" for name in found.names]):
             os.fsync(directory_fd)
+            leftovers.remove(found.kept, directory_fd)
         path, settled = directory, [directory]
         while path != self._root:
             path = _parent(path)
@@ -394,6 +442,23 @@ class LocalStore:
                 return
             directory = _parent(directory)
 
+    def _keep_promises(self, directory: str) -> bool:
+        """Whether there was a promise of a record that was not there, and is now; `directory` is not fsynced yet."""
+        directory_fd = os.open(directory, _DIRECTORY)
+        try:
+            names = os.listdir(directory_fd)
+            return len(leftovers.tidy(names, directory_fd).names) > sum(not name.startswith(".") for name in names)
+        finally:
+            _close(directory_fd)
+
+    def _withdraw(self, path: str) -> None:
+        """Remove the promises of a record that is about to be deleted, or they would be kept."""
+        directory, _, record = path.rpartition("/")
+        if self._kind in _NAME_INCLUDED and record_number(record) is not None:
+            for name in leftovers.promises_of(record, os.listdir(directory)):
+                with suppress(FileNotFoundError):
+                    os.unlink(f"{directory}/{name}")
+
     def _scan(self, prefix: str, start_after: str) -> tuple[builtins.list[str], builtins.list[str]]:
         """Return the keys directly under `prefix`, made durable, and the prefixes below it."""
         try:
@@ -403,13 +468,14 @@ class LocalStore:
         try:
             with os.scandir(directory_fd) as entries:
                 kinds = {entry.name: entry.is_dir() for entry in entries}
-            names = _remove_leftovers(kinds, directory_fd)
-            keys = [key for name in names if not kinds[name] and (key := prefix + name) > start_after]
-            if keys and not self._has_made(prefix, keys):
+            found = leftovers.tidy(kinds, directory_fd)
+            keys = [key for name in found.names if not kinds.get(name) and (key := prefix + name) > start_after]
+            if found.kept or (keys and not self._has_made(prefix, keys)):
                 os.fsync(directory_fd)
+                leftovers.remove(found.kept, directory_fd)
         finally:
             _close(directory_fd)
-        return keys, [f"{prefix}{name}/" for name in names if kinds[name]]
+        return keys, [f"{prefix}{name}/" for name in found.names if kinds.get(name)]
 
     def _has_made(self, prefix: str, keys: builtins.list[str]) -> bool:
         """Whether these are one record of this process, durable or not in need of it: the look of a claim that began a log."""
@@ -428,7 +494,7 @@ class LocalStore:
 
     def _probe(self) -> None:
         """Try what everything rests upon: there are hard links, and a name cannot be made twice."""
-        names = [_temporary_name() for _ in range(3)]
+        names = [leftovers.temporary_name() for _ in range(3)]
         directory_fd = os.open(self._root, _DIRECTORY)
         try:
             _close(os.open(names[0], _NEW_FILE, 0o666, dir_fd=directory_fd))
@@ -443,7 +509,7 @@ class LocalStore:
                 raise UsageError(_untrusted(self.url, "its file system lets two writers create one name"))
         finally:
             for name in names:
-                _unlink(name, directory_fd)
+                leftovers.unlink(name, directory_fd)
             _close(directory_fd)
 
     def _translated(self, done: str, path: str) -> _Translated:
@@ -517,17 +583,22 @@ def _found(fd: int) -> os.stat_result | None:
         return None
 
 
+def _is_linked(found: os.stat_result, temporary: str, name: str, directory_fd: int) -> bool:
+    """Whether an open file has a name beside its temporary one."""
+    if found.st_nlink == (2 if temporary else 1):
+        return True
+    try:  # whoever keeps a promise removes its name
+        return bool(temporary and found.st_nlink) and os.stat(name, dir_fd=directory_fd).st_ino == found.st_ino
+    except OSError:
+        return False
+
+
 def _close(fd: int) -> None:
     """Close; after an fsync there is nothing left that could fail, and before one the write has failed already."""
     try:  # noqa: SIM105 - several times per record
         os.close(fd)
     except OSError:
         pass
-
-
-def _unlink(name: str, directory_fd: int) -> None:
-    with suppress(OSError):
-        os.unlink(name, dir_fd=directory_fd)
 
 
 def _rename(temporary: str, name: str, directory_fd: int) -> bool:
@@ -539,7 +610,7 @@ def _rename(temporary: str, name: str, directory_fd: int) -> bool:
     try:
         os.rename(temporary, name, src_dir_fd=directory_fd, dst_dir_fd=directory_fd)
     except OSError:
-        _unlink(name, directory_fd)
+        leftovers.unlink(name, directory_fd)
         raise
     return True
 
@@ -596,62 +667,3 @@ def _has_journal(device: str) -> bool:
         return Path(f"/sys/fs/ext4/{disk}/journal_task").read_text(encoding="utf-8").strip() != "<none>"
     except OSError:
         return False
-
-
-# -- temporary names: a dead writer's file can be told from a living one's
-
-_LEFTOVER: Final = re.compile(r"\.tmp-([0-9a-f]+-[0-9]+)-([0-9]{1,7})-([0-9]+)-[0-9]+")
-_numbers: Final = itertools.count()
-
-
-@functools.lru_cache(maxsize=1)
-def _host() -> str:
-    """Name what pids are unique in: this boot of this machine, and this pid namespace (a container has its own)."""
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip().replace("-", "")
-    return f"{boot}-{re.sub(r'[^0-9]', '', os.readlink('/proc/self/ns/pid'))}"
-
-
-@functools.lru_cache(maxsize=1)
-def _start_time(pid: int) -> str:
-    """Return when our process, `pid`, began; a child made by fork asks with its own pid."""
-    return _process(pid)[1]
-
-
-def _process(pid: int) -> tuple[str, str]:
-    """Return the state of a process and when it began (ticks since boot), which tells it from a later one with its pid."""
-    fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
-    return fields[0], fields[19]
-
-
-def _temporary_name() -> str:
-    pid = os.getpid()
-    return f".tmp-{_host()}-{pid}-{_start_time(pid)}-{next(_numbers)}"
-
-
-def _remove_leftovers(names: builtins.list[str] | dict[str, bool], directory_fd: int) -> builtins.list[str]:
-    """Remove the temporary files of writers that are dead, and return the names of the others, all hidden ones excepted."""
-    hidden = [name for name in names if name.startswith(".")]
-    for name in hidden:
-        match = _LEFTOVER.fullmatch(name)
-        if match and not _is_alive(match[1], int(match[2]), match[3], name, directory_fd):
-            _unlink(name, directory_fd)
-    return [name for name in names if not name.startswith(".")]
-
-
-def _is_alive(host: str, pid: int, start_time: str, name: str, directory_fd: int) -> bool:
-    """Whether the writer of a temporary file may still be at it; when in doubt, it is."""
-    if host != _host():  # another machine, another container, or this machine before it was started again: only age tells
-        with suppress(OSError):
-            return os.stat(name, dir_fd=directory_fd).st_mtime > time.time() - _LEFTOVER_AGE_S
-        return True
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    try:
-        state, began = _process(pid)
-    except OSError:  # /proc hides the processes of others (hidepid)
-        return True
-    return began == start_time and state not in "ZX"
