@@ -74,7 +74,7 @@ def price_of_a_file(directory: Path, *, wait: bool) -> float:
 
 
 class DurableWriter:
-    """Makes bytes durable as one would by hand, the fastest way that survives a crash here: write, fsync, link, fsync of the directory."""
+    """Makes bytes durable as one would by hand, so that they survive a crash here: write, fsync, link, fsync of the directory."""
 
     def __init__(self, directory: Path) -> None:
         directory.mkdir(parents=True)

@@ -5,10 +5,9 @@ The order is the whole point::
     write a file without a name -> fsync it -> parents durable -> link (fails if the name exists) -> fsync the directory
 
 * A name appears only after its content is durable, so that no reader, and no crash, ever sees half a record.
-* A record appears only after every directory above it is durable, so that one fsync of its own directory makes it safe. Where that
-  fsync includes the name of a new directory, whoever calls it (ext4, XFS), the one above is spared for a directory just made.
-* There, too, the first record of such a directory needs one fsync instead of two. That of the file takes its name along, and the
-  name is a promise: it says which record this is, and the sha256 of its content. Whoever finds a promise, and no record, links it.
+* A record appears only after every directory above it is durable, so that one fsync of its own directory makes it safe.
+* Where the fsync of a file includes its name, and what was done to its directory before (ext4, XFS), that one is spared. The file is a
+  promise first: its hidden name says which record it is to be. Whoever finds a promise, and no record, links it (`leftovers`).
 * Where ext4 has no journal, a file that is fsynced without a name is on the disk as one that is deleted, and stays so after the link
   and the fsync of the directory: there what is fsynced has a temporary name first.
 * Whoever is told "it is there" is told so after an fsync of the directory. Without it, a claim could survive a power cut
@@ -49,8 +48,8 @@ _EMPTY_WAIT_S: Final = 0.2
 _MAX_IDENTITY: Final = 1 << 12
 _NO_JOURNAL: Final = "ext4 without a journal"
 _OF_ONE_NODE: Final = frozenset({"ext3", "ext4", _NO_JOURNAL, "xfs", "btrfs", "f2fs", "zfs", "overlay", "tmpfs"})
-# Here the fsync of what is in a new directory includes its name: a journal keeps the order of all changes, and ext4 without one
-# writes the directories above a new name with it, as far as they are new.
+# Here the fsync of a new file includes its name, and what was done to its directory before: a journal keeps the order of all changes,
+# and ext4 without one writes the directory with it, and those above as far as they are new.
 _NAME_INCLUDED: Final = frozenset({"ext4", _NO_JOURNAL, "xfs"})
 # Here, or in what may be below (overlay), a file that was synced without a name is deleted on the disk, whatever it is linked as later.
 _NAMED_FIRST: Final = frozenset({"ext2", _NO_JOURNAL, "overlay"})
