@@ -39,8 +39,9 @@ CALLS = (
 )
 TIMEOUT_S = 120
 
-Slot: TypeAlias = tuple[int, str, object]  # (node, "entry", name), (node, "sector", number) or (node, "size", "")
-Value: TypeAlias = "int | bytes | None"  # an entry: node or None; a sector: bytes; a size: int
+# (node, "entry", name), (node, "sector", number) or (node, "size", ""); where changes keep their order, (node, "entries", "")
+Slot: TypeAlias = tuple[int, str, object]
+Value: TypeAlias = "int | bytes | frozenset[tuple[str, int]] | None"  # an entry: node or None; a sector: bytes; a size: int
 Choice: TypeAlias = dict[Slot, Value]
 Tree: TypeAlias = dict[str, bytes | None]  # path -> content, None: a directory
 
@@ -53,7 +54,8 @@ def enumerate_crashes(script: str, root: Path, check: Callable[[Path, list[str]]
         root: a directory; what it holds before the script runs is durable. The script must not write in a relative path.
         check: called as `check(path, acks)`: `path` looks as `root` would after the crash, `acks` is what had been acknowledged
             (in order, without "ACK "). It raises AssertionError if something is lost or torn. It may write below `path`.
-        names: the disk is one where fsync makes all directories above durable, too, as ext4 and XFS do for what is new.
+        names: the disk is one, as those with ext4 and XFS, where the changes of a directory keep their order, and an fsync includes
+            those that the directory of a file has seen, and the name of that directory, or of one that is fsynced itself.
 
     Returns:
         The number of different states checked.
@@ -227,13 +229,23 @@ class _Disk:
         return len(self._nodes) - 1
 
     def _set(self, slot: Slot, value: Value) -> None:
-        default: Value = b"" if slot[1] == "sector" else None
+        if slot[1] == "entry" and self._names:
+            node, _, name = slot
+            others = {(other, child) for other, child in self._entries(node) if other != name}
+            slot, value = (node, "entries", ""), frozenset(others | ({(str(name), value)} if isinstance(value, int) else set()))
+        default: Value = b"" if slot[1] == "sector" else frozenset() if slot[1] == "entries" else None
         history = self._history.setdefault(slot, [(0, default)] if self._count else [])
         if self._count == 0:  # what was there before the script is durable
             history.clear()
         history.append((self._count, value))
 
+    def _entries(self, node: int) -> frozenset[tuple[str, int]]:
+        found = self._get((node, "entries", ""))
+        return found if isinstance(found, frozenset) else frozenset()
+
     def _get(self, slot: Slot) -> Value:
+        if slot[1] == "entry" and self._names:
+            return dict(self._entries(slot[0])).get(str(slot[2]))
         return self._history[slot][-1][1] if slot in self._history else None
 
     def _size(self, node: int) -> int:
@@ -260,9 +272,21 @@ class _Disk:
             if slot[0] == node:
                 durable = max((i for i, (count, _) in enumerate(history) if count <= begun), default=0)
                 del history[:durable]
-        if self._names:
-            for above in {slot[0] for slot, history in self._history.items() if slot[1] == "entry" and history[-1][1] == node}:
+        if self._names and self._nodes[node] == "directory":
+            self._keep_name(node)
+        elif self._names:
+            for above in {slot[0] for slot in self._history if slot[1] == "entries" and self._name(slot[0], node)}:
                 self._fsync(above, begun)
+
+    def _name(self, directory: int, node: int) -> str:
+        return next((name for name, child in self._entries(directory) if child == node), "")
+
+    def _keep_name(self, node: int) -> None:
+        """Forget all states of the directory above in which this one was not there yet."""
+        for slot, history in self._history.items():
+            if slot[1] == "entries" and (name := self._name(slot[0], node)):
+                without = [i for i, (_, value) in enumerate(history) if isinstance(value, frozenset) and (name, node) not in value]
+                del history[: max(without, default=-1) + 1]
 
     # -- names
 
@@ -405,6 +429,9 @@ class _Disk:
         for (node, kind, _), history in self._history.items():
             if kind == "entry":
                 children.setdefault(node, set()).update(value for _, value in history if isinstance(value, int))
+            elif kind == "entries":
+                seen = (value for _, value in history if isinstance(value, frozenset))
+                children.setdefault(node, set()).update(child for value in seen for _, child in value)
         while pending:
             new = children.get(pending.pop(), set()) - found
             found |= new
@@ -417,6 +444,8 @@ class _Disk:
         for (node, kind, key), value in choice.items():
             if kind == "entry" and isinstance(value, int):
                 entries.setdefault(node, {})[str(key)] = value
+            elif kind == "entries" and isinstance(value, frozenset):
+                entries[node] = dict(value)
             elif kind == "sector" and isinstance(key, int) and isinstance(value, bytes):
                 sectors.setdefault(node, {})[key] = value
         tree: Tree = {}

@@ -123,11 +123,12 @@ class LoopDisk:
         return copy
 
     @contextlib.contextmanager
-    def found(self, image: Path) -> Iterator[Path]:
-        """Where that can be seen after the power has come back."""
+    def found(self, image: Path, *, mended: bool = True) -> Iterator[Path]:
+        """Where that can be seen after the power has come back; with `mended`, a machine has looked at it as it started."""
         place = image.with_suffix("")
         place.mkdir()
-        self._mend(image)
+        if mended:
+            self._mend(image)
         _mount_image(image, place, *(["-o", "nouuid"] if self._kind == "xfs" else []))
         try:
             yield place

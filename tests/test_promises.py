@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
+import stat
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import pytest
 
@@ -84,11 +88,11 @@ def changed(root: Path, change: Callable[[bytes], bytes]) -> None:
     ids=["list", "list those after", "get", "create"],
 )
 def test_whoever_looks_keeps_the_promise_of_the_dead(root: Path, look: Callable[[LocalStore], bool]) -> None:
-    """And finds the record; the promise goes, at the latest with the next listing."""
+    """And finds the record, under its name."""
     assert look(LocalStore(str(root)))
+    assert hidden(root) == []
     assert LocalStore(str(root)).list("") == [ONE, TWO]
     assert LocalStore(str(root)).get(TWO) == b"promised"
-    assert hidden(root) == []
 
 
 @pytest.mark.parametrize(
@@ -103,13 +107,16 @@ def test_what_did_not_reach_the_disk_whole_was_not_acknowledged(root: Path, chan
     assert hidden(root) == []
 
 
-def test_a_living_writer_is_left_to_finish(tmp_path: Path) -> None:
-    """What it has not written yet is not removed."""
+@pytest.mark.parametrize(("data", "seconds", "found"), [(b"wh", 0, []), (b"wh", 60, []), (b"whole", 0, []), (b"whole", 60, [ONE])])
+def test_a_living_writer_is_left_to_finish(tmp_path: Path, data: bytes, seconds: int, found: list[str]) -> None:
+    """What it has not written yet is not removed, and what it was about to rename is kept only if it has not for long: it was stopped."""
     log = tmp_path / "run/task/w"
     log.mkdir(parents=True)
-    (log / leftovers.promise_name("000000001.json", b"whole")).write_bytes(b"wh")
-    assert LocalStore(str(tmp_path)).list("") == []
-    assert len(hidden(tmp_path)) == 1
+    promise = log / leftovers.promise_name("000000001.json", b"whole")
+    promise.write_bytes(data)
+    os.utime(promise, (0, time.time() - seconds))
+    assert LocalStore(str(tmp_path)).list("") == found
+    assert len(hidden(tmp_path)) == (not found)
 
 
 def test_nothing_is_put_below_a_higher_number(root: Path) -> None:
@@ -120,40 +127,132 @@ def test_nothing_is_put_below_a_higher_number(root: Path) -> None:
     assert hidden(root) == []
 
 
-def test_of_two_promises_the_lower_one_is_kept_first(root: Path) -> None:
-    """A writer may have promised the next one before the power failed, and the link of the first one was not on the disk."""
-    second = hidden(root)[0]
-    assert promise_and_die(root, THREE, FOUR) == 9  # its first look links `TWO`
-    log = root / "run/task/w"
-    for third in ("000000002.json", "000000003.json"):
-        data = (log / third).read_bytes()
-        (log / third).unlink()
-        (log / leftovers.promise_name(third, data)).write_bytes(data)
-    assert second not in hidden(root)
+def test_of_two_promises_the_lower_one_is_kept_first(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the rename of the first one was not on the disk when the power failed."""
+    for number in (4, 3):
+        promise = root / "run/task/w" / leftovers.promise_name(f"{number:09d}.json", b"x")
+        promise.write_bytes(b"x")
+    monkeypatch.setattr(leftovers, "_UNDER_WAY_S", 0.0)
     assert LocalStore(str(root)).list("") == [ONE, TWO, THREE, FOUR]
     assert hidden(root) == []
 
 
-@pytest.mark.parametrize("looked", [True, False])
-def test_what_is_deleted_stays_so(root: Path, *, looked: bool) -> None:
-    """A promise is withdrawn with its record, whoever deletes it."""
-    if looked:
-        assert LocalStore(str(root)).get(TWO) == b"promised"  # and the promise is still there
-        assert len(hidden(root)) == 1
-    LocalStore(str(root)).delete(TWO)
-    assert LocalStore(str(root)).list("") == [ONE]
-    LocalStore(str(root)).delete(ONE)
-    assert list(root.iterdir()) == []
+def test_a_promise_whose_record_is_another_one_is_removed(root: Path) -> None:
+    """Its writer was not the first."""
+    (root / TWO).write_bytes(b"another one")
+    assert LocalStore(str(root)).list("") == [ONE, TWO]
+    assert LocalStore(str(root)).get(TWO) == b"another one"
+    assert hidden(root) == []
 
 
-def test_the_next_record_makes_the_promise_superfluous(tmp_path: Path) -> None:
-    """One promise at most is left by each writer, and none after a listing by another process."""
+def test_half_a_rename_is_left_alone(root: Path) -> None:
+    """Both names are on the disk, of one file, and ext4 without a journal counts one link: the file would go with either."""
+    os.link(root / "run/task/w" / hidden(root)[0], root / TWO)
+    assert LocalStore(str(root)).list("") == [ONE, TWO]
+    assert len(hidden(root)) == 1
+
+
+def test_nothing_hidden_is_left_by_who_lives(tmp_path: Path) -> None:
+    """Nor does a deleted record leave anything."""
     store = LocalStore(str(tmp_path))
     for key in (ONE, TWO, THREE):
         assert store.create(key, b"x")
-    (name,) = hidden(tmp_path)
-    assert "-000000003.json-" in name
-    LocalStore(str(tmp_path)).list("")
+        assert hidden(tmp_path) == []
+    for key in (ONE, TWO, THREE):
+        store.delete(key)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def promised(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The records that were promised in this process, by their last parts."""
+    seen: list[str] = []
+    become = leftovers.become
+
+    def noted(promise: str, record: str, directory_fd: int) -> None:
+        seen.append(record)
+        become(promise, record, directory_fd)
+
+    monkeypatch.setattr(leftovers, "become", noted)
+    return seen
+
+
+def test_who_has_made_a_record_may_promise_the_next_one(tmp_path: Path, promised: list[str]) -> None:
+    """And nobody else: of two promises of one number nobody could say which one was acknowledged."""
+    mine, other = LocalStore(str(tmp_path)), LocalStore(str(tmp_path))
+    assert mine.create(ONE, b"x")
+    assert mine.create(TWO, b"x")
+    assert promised == ["000000002.json"]
+    assert other.create(THREE, b"x")
+    assert mine.create(FOUR, b"x")
+    assert promised == ["000000002.json"]
+    assert mine.create("run/task/w/000000005.json", b"x")
+    assert promised == ["000000002.json", "000000005.json"]
+    mine.delete("run/task/w/000000005.json")
+    assert mine.create("run/task/w/000000006.json", b"x")
+    assert not mine.create(TWO, b"x")
+    assert mine.create("run/task/w/first/000000001.json", b"x")
+    assert mine.create("run/task/w/named", b"x")
+    assert promised == ["000000002.json", "000000005.json"]
+
+
+def test_a_volatile_record_in_a_new_folder_counts_as_made(tmp_path: Path, promised: list[str]) -> None:
+    """If the folder above is known to be durable; that of the record itself becomes so with the promise."""
+    store = LocalStore(str(tmp_path))
+    for worker in "vwx":
+        assert store.create(f"run/task/{worker}/000000001.json", b"x", durable=False)
+        assert store.create(f"run/task/{worker}/000000002.json", b"x")
+    assert promised == ["000000002.json"] * 2
+    (tmp_path / "run/task/y").mkdir()  # by another process
+    assert store.create("run/task/y/000000001.json", b"x", durable=False)
+    assert store.create("run/task/y/000000002.json", b"x")
+    assert promised == ["000000002.json"] * 2
+
+
+@pytest.mark.parametrize(("kind", "expected"), [("ext4", 100), ("xfs", 100), ("ext4 without a journal", 2), ("btrfs", 0), ("nfs4", 0)])
+def test_where_a_promise_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, promised: list[str], kind: str, expected: int) -> None:
+    """Without a journal only in a folder of one block: both halves of a rename are written at once, or the record may be lost."""
+    monkeypatch.setattr(local, "_file_system", lambda path: kind)
+    store, fstat = LocalStore(str(tmp_path)), os.fstat
+
+    def small_blocks(descriptor: int) -> Any:
+        found = fstat(descriptor)
+        if not stat.S_ISDIR(found.st_mode):
+            return found
+        return mock.Mock(
+            wraps=found, st_nlink=found.st_nlink, st_blksize=100, st_size=100 if len(list((tmp_path / "run/w").iterdir())) < 3 else 101
+        )
+
+    monkeypatch.setattr(os, "fstat", small_blocks)
+    for number in range(1, 102):
+        assert store.create(f"run/w/{number:09d}.json", b"x")
+    assert len(promised) == expected
+
+
+def test_a_child_does_not_promise_what_its_parent_may(tmp_path: Path, promised: list[str]) -> None:
+    """Both have made the record below."""
+    store = LocalStore(str(tmp_path))
+    assert store.create(ONE, b"x")
+    child = os.fork()
+    if child == 0:
+        code = 9
+        with contextlib.suppress(BaseException):
+            code = 0 if store.create(TWO, b"child") and not promised and store.create(THREE, b"child") and len(promised) == 1 else 1
+        os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert not store.create(TWO, b"parent")
+    assert store.get(TWO) == b"child"
+
+
+def test_one_thread_at_a_time_promises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, promised: list[str]) -> None:
+    """The other one makes its record with two fsyncs."""
+    store = LocalStore(str(tmp_path))
+    assert store.create(ONE, b"x")
+    answers: list[bool | str] = []
+    assert meanwhile(monkeypatch, store, lambda: answers.append(store.create(TWO, b"faster"))) is False
+    assert answers == [True]
+    assert store.get(TWO) == b"faster"
+    assert promised == ["000000002.json"]
     assert hidden(tmp_path) == []
 
 
@@ -193,30 +292,105 @@ def test_a_promise_that_another_one_keeps_is_kept_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, happens: Callable[[LocalStore], None], answer: bool | str
 ) -> None:
     """The writer, who comes to link it, hears what has become of it: no record is made twice, or after it was deleted."""
+    monkeypatch.setattr(leftovers, "_UNDER_WAY_S", 0.0)
     mine, other = LocalStore(str(tmp_path)), LocalStore(str(tmp_path))
     assert mine.create(ONE, b"below")
     assert meanwhile(monkeypatch, mine, lambda: happens(other)) == answer
     assert other.get(TWO) == (b"mine" if answer is True else None)
 
 
-def test_who_loses_leaves_no_promise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("seen", [False, True])
+def test_who_loses_leaves_no_promise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, seen: bool) -> None:
     """Another record has the name: the promise goes, and may have been removed already, by whoever saw that."""
     mine, other = LocalStore(str(tmp_path)), LocalStore(str(tmp_path))
     assert mine.create(ONE, b"below")
 
     def faster() -> None:
         (tmp_path / TWO).write_bytes(b"theirs")
+        if seen:
+            other.list("")
 
     assert meanwhile(monkeypatch, mine, faster) is False
-    assert not [name for name in hidden(tmp_path) if "-000000002.json-" in name]
-    other.delete(TWO)
-
-    def faster_and_seen() -> None:
-        faster()
-        other.list("")
-
-    assert meanwhile(monkeypatch, mine, faster_and_seen) is False
     assert other.get(TWO) == b"theirs"
+    assert hidden(tmp_path) == []
+
+
+def test_who_loses_makes_the_other_record_durable_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If that fails it was not created, which is all that is known."""
+    mine, fsync = LocalStore(str(tmp_path)), os.fsync
+    assert mine.create(ONE, b"below")
+    left: list[int] = []
+
+    def fails(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode) and not left:
+            left.append(len(hidden(tmp_path)))
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fails)
+    with pytest.raises(CheckpointStoreError, match="EIO"):
+        meanwhile(monkeypatch, mine, lambda: (tmp_path / TWO).write_bytes(b"theirs"))
+    assert left == [1]
+    assert hidden(tmp_path) == []
+
+
+def test_a_hard_link_of_a_backup_makes_nobody_win(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What counts is whose file has the name."""
+    mine = LocalStore(str(tmp_path))
+    assert mine.create(ONE, b"below")
+
+    def backup_and_faster() -> None:
+        log = tmp_path / "run/task/w"
+        os.link(log / hidden(tmp_path)[0], log / "backup")
+        (tmp_path / TWO).write_bytes(b"theirs")
+
+    assert meanwhile(monkeypatch, mine, backup_and_faster) is False
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_what_becomes_of_a_promise_whose_fsync_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, kept: bool) -> None:
+    """It is taken back; if another process has kept it meanwhile, nobody may say that it was not created."""
+    monkeypatch.setattr(leftovers, "_UNDER_WAY_S", 0.0)
+    mine, other, fsync = LocalStore(str(tmp_path)), LocalStore(str(tmp_path)), os.fsync
+    assert mine.create(ONE, b"below")
+
+    def fails(descriptor: int) -> None:
+        monkeypatch.setattr(os, "fsync", fsync)
+        if kept:
+            other.list("")
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "fsync", fails)
+    with pytest.raises(CheckpointStoreError) as caught:
+        mine.create(TWO, b"mine")
+    assert isinstance(caught.value, AmbiguousReplyError) == kept
+    assert other.get(TWO) == (b"mine" if kept else None)
+    assert hidden(tmp_path) == []
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.EINVAL, errno.EIO, errno.ENOSPC])
+def test_a_rename_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """Where there is no such thing it is tried once and never again; else it is as with a link."""
+    tries: list[str] = []
+
+    def fails(promise: str, record: str, directory_fd: int) -> None:
+        tries.append(record)
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(leftovers, "become", fails)
+    store = LocalStore(str(tmp_path))
+    assert store.create(ONE, b"x")
+    if number in {errno.ENOSYS, errno.EINVAL}:
+        assert store.create(TWO, b"x")
+        assert store.create(THREE, b"x")
+    else:
+        with pytest.raises(CheckpointStoreError) as caught:
+            store.create(TWO, b"x")
+        assert isinstance(caught.value, AmbiguousReplyError) == (number == errno.EIO)
+        assert store.get(TWO) is None
+        assert store.create(TWO, b"x")  # with two fsyncs
+    assert tries == ["000000002.json"]
+    assert hidden(tmp_path) == []
 
 
 def test_many_look_at_once(root: Path) -> None:
@@ -237,25 +411,33 @@ def test_many_look_at_once(root: Path) -> None:
     assert hidden(root) == []
 
 
-def test_who_may_not_write_is_told_rather_than_shown_less(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The record is acknowledged, and cannot be linked: that is an error, not an older log."""
+@pytest.mark.parametrize("lives", [False, True])
+def test_who_may_not_write_is_told_rather_than_shown_less(root: Path, monkeypatch: pytest.MonkeyPatch, *, lives: bool) -> None:
+    """The record is acknowledged, and cannot be made: that is an error, not an older log. While its writer lives it is not acknowledged."""
 
-    def refuses(*_: object, **__: object) -> None:
-        raise PermissionError(13, "Permission denied")
+    def refuses(*_: object) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
+    if lives:
+        promise = root / "run/task/w" / hidden(root)[0]
+        promise.rename(promise.with_name(leftovers.promise_name("000000002.json", b"promised")))
+    monkeypatch.setattr(leftovers, "_UNDER_WAY_S", 0.0)
     with monkeypatch.context() as patch:
-        patch.setattr(os, "link", refuses)
+        patch.setattr(leftovers, "become", refuses)
         store = LocalStore(str(root))
         looks: list[Callable[[], object]] = [lambda: store.list(""), lambda: store.get(TWO)]
         for look in looks:
-            with pytest.raises(CheckpointStoreError, match="Permission denied"):
-                look()
+            if lives:
+                assert look() in ([ONE], None)
+            else:
+                with pytest.raises(CheckpointStoreError, match="Permission denied"):
+                    look()
     assert LocalStore(str(root)).list("") == [ONE, TWO]
 
 
 KILLED = """
 import json, os, sys
-from faultguard.storage import local
+from faultguard.storage import leftovers, local
 local._file_system = lambda path: "ext4"
 store = local.LocalStore(sys.argv[1])
 calls = int(sys.argv[2])
@@ -271,6 +453,7 @@ def dying(function):
 
 for name in ("open", "write", "fsync", "link", "unlink", "close"):
     setattr(os, name, dying(getattr(os, name)))
+leftovers.become = dying(leftovers.become)
 for number in (1, 2, 3):
     key = "run/task/w/%09d.json" % number
     store.create(key, key.encode())
@@ -297,7 +480,7 @@ def test_a_writer_killed_at_any_call_loses_nothing(tmp_path: Path) -> None:
             assert found == [2, 3]
             break
         count = len(told)
-        allowed = [list(range(1, count + 1)), list(range(1, count + 2)), [2, 3]]
+        allowed = [list(range(1, count + 1)), list(range(1, count + 2)), *([[2, 3]] if count == 3 else [])]
         assert found in allowed, (calls, told, found)
         with contextlib.suppress(FileNotFoundError):
             assert hidden(root) == []

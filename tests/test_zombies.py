@@ -31,7 +31,7 @@ from faultguard._core.records import Ended, Owner
 from faultguard._core.schedule import Schedule
 from faultguard._log import StoredLog
 from faultguard.errors import AmbiguousReplyError, FaultguardError
-from faultguard.storage import local, store_id
+from faultguard.storage import leftovers, local, store_id
 from faultguard.storage.local import LocalStore
 from tests.attempts import RUN, TASK, Attempt, Worker
 
@@ -96,7 +96,7 @@ def commit_recipe() -> dict[str, Any]:
 
 
 # How an incarnation writes: on which file system, and whether files may be without a name.
-FILES = {"tmpfile": ("btrfs", True), "named": ("btrfs", False), "promised": ("ext4", True)}
+FILES = {"tmpfile": "btrfs", "named": "btrfs", "promised": "ext4", "kept": "ext4"}  # kept: a promise is seen as one of long ago
 
 
 class UnclearStore:
@@ -137,9 +137,9 @@ class Incarnation:
     def __init__(self, root: str, ray_attempt: int, files: str) -> None:
         self._root = root
         self._ray_attempt = ray_attempt
-        kind, tmpfile = FILES[files]
-        local._file_system = lambda path: kind  # in this process, which serves the tests only
-        self._store = UnclearStore(LocalStore(root, tmpfile=tmpfile))
+        local._file_system = lambda path: FILES[files]  # in this process, which serves the tests only
+        leftovers._UNDER_WAY_S = 0.0 if files == "kept" else 1e6  # type: ignore[misc]
+        self._store = UnclearStore(LocalStore(root, tmpfile=files != "named"))
         self._attempts: dict[str, tuple[Attempt, Iterator[int]]] = {}
 
     def claim(self, worker_id: str) -> object:
@@ -218,14 +218,17 @@ class Incarnation:
     def stop_at(self, wanted: str) -> object:
         """Freeze when the store comes to that step, once."""
         if wanted == "inside_link":
-            link = os.link
+            link, become = os.link, leftovers.become
 
-            def link_and_stop(*args: Any, **kwargs: Any) -> None:
-                link(*args, **kwargs)
-                os.link = link
-                stop_here()
+            def stopping(function: Callable[..., None]) -> Callable[..., None]:
+                def call(*args: Any, **kwargs: Any) -> None:
+                    function(*args, **kwargs)
+                    os.link, leftovers.become = link, become
+                    stop_here()
 
-            os.link = link_and_stop
+                return call
+
+            os.link, leftovers.become = stopping(link), stopping(become)
             return None
 
         def hook(step: str, key: str) -> None:
@@ -498,8 +501,8 @@ def test_a_lost_reply_is_resolved_after_the_thaw(moment: str, happened: str, way
 @pytest.mark.parametrize("step", ["before_link", "inside_link", "after_link", "before_dir_fsync"])
 @pytest.mark.parametrize("way", ["wait", "advance"])
 def test_frozen_at_a_step_of_its_save(way: str, step: str, moment: str, root: Path, start: Start, request: pytest.FixtureRequest) -> None:
-    """A save that was linked, or promised, in time is loaded by the replacement; one that was not never comes."""
-    unlinked = step == "before_link" and request.node.callspec.params["start"] != "promised"
+    """A save that was linked, or promised long ago, is loaded by the replacement; one that was not never comes."""
+    unlinked = step == "before_link" and request.node.callspec.params["start"] != "kept"
     old, new = start(0), start(1)
     assert old.ask("claim", W) == []
     old.save()
@@ -575,23 +578,23 @@ def test_an_external_commit_that_a_zombie_cannot_repeat(how: str, root: Path, st
 @pytest.mark.parametrize("start", FILES, indirect=True)
 @pytest.mark.parametrize("way", ["wait", "advance"])
 def test_four_incarnations_with_two_saves_under_way(way: str, root: Path, start: Start, request: pytest.FixtureRequest) -> None:
-    """The same, with 1 and 2 frozen where nothing but the link of their save is left to do; if it was promised, others do it."""
-    promised = request.node.callspec.params["start"] == "promised"
+    """The same, with 1 and 2 frozen where nothing but the link of their save is left to do; a promise of long ago is kept by others."""
+    kept = request.node.callspec.params["start"] == "kept"
     first, second, third, fourth = (start(attempt) for attempt in range(4))
     assert first.ask("claim", W) == []
     first.save()
     first.freeze_at("before_link", "batch", W, way)
-    assert second.ask("claim", W) == ([0, 0] if promised else [0])
+    assert second.ask("claim", W) == ([0, 0] if kept else [0])
     second.freeze_at("before_link", "batch", W, way)
     first.thaw()
-    assert first.receive() == (2 if promised else SUPERSEDED if way == "wait" else 1)
+    assert first.receive() == (2 if kept else SUPERSEDED if way == "wait" else 1)
     assert_superseded(first, way)
-    base = [0, 0, 1] if promised else [0]
+    base = [0, 0, 1] if kept else [0]
     assert third.ask("claim", W) == base
     third.save(batches=2)
     third.die()
     second.thaw()
-    assert second.receive() == (SUPERSEDED if way == "wait" else 2 if promised else 1)  # what 1 or 3 has linked for it, 3 has deleted since
+    assert second.receive() == (SUPERSEDED if way == "wait" else 2 if kept else 1)  # what 1 or 3 has linked for it, 3 has deleted since
     assert_superseded(second, way)
     assert fourth.ask("claim", W) == [*base, 2, 2]
     fourth.die()
@@ -608,7 +611,7 @@ def test_four_incarnations_with_a_save_and_a_claim_under_way(step: str, root: Pa
     first.freeze_at("before_link", "batch", W, "wait")
     second.freeze_at(step, "claim", W)
     first.thaw()
-    saved = step == "before_link" or request.node.callspec.params["start"] == "promised"  # then the claim has linked it
+    saved = step == "before_link" or request.node.callspec.params["start"] == "kept"  # then the claim has linked it
     assert first.receive() == (2 if saved else SUPERSEDED)
     base = [0, 0] if saved else [0]
     assert third.ask("claim", W) == base

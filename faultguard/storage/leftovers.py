@@ -7,6 +7,8 @@ is to be, and the sha256 of its content: where an fsync of a file makes its name
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import functools
 import hashlib
 import itertools
@@ -16,17 +18,20 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from faultguard._core.names import record_number
 
 if TYPE_CHECKING:
     from collections.abc import Collection
 
-__all__ = ["Tidied", "is_there", "keep_promise", "promise_name", "promises_of", "remove", "temporary_name", "tidy", "unlink"]
+__all__ = ["Tidied", "become", "inode", "promise_name", "temporary_name", "tidy", "unlink"]
 
 _AGE_S: Final = 86_400.0
+_UNDER_WAY_S: Final = 10.0  # a living writer needs a moment between the fsync of a promise and its rename
 _DIGEST_CHARS: Final = 32
+_PIECE: Final = 1 << 20
+_RENAME_NOREPLACE: Final = 1
 _NAME: Final = re.compile(r"\.tmp-([0-9a-f]+-[0-9]+)-([0-9]{1,7})-([0-9]+)-[0-9]+(?:-(.+)-([0-9a-f]{32}))?")
 _numbers: Final = itertools.count()
 
@@ -39,7 +44,29 @@ def temporary_name() -> str:
 
 def promise_name(record: str, data: bytes) -> str:
     """Likewise, of a file that is to be `record` in this directory, once it holds all of `data`."""
-    return f"{temporary_name()}-{record}-{_digest(data)}"
+    return f"{temporary_name()}-{record}-{hashlib.sha256(data).hexdigest()[:_DIGEST_CHARS]}"
+
+
+def become(promise: str, record: str, directory_fd: int) -> None:
+    """Rename a promise, in one step, to the record that it is to be.
+
+    Raises:
+        FileExistsError: there is such a record.
+        FileNotFoundError: the promise is gone.
+        OSError: ENOSYS or EINVAL where this cannot be done, or another error of the file system.
+    """
+    rename = _renameat2()
+    if rename is None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+    if rename(directory_fd, promise.encode(), directory_fd, record.encode(), _RENAME_NOREPLACE):
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+
+
+@functools.lru_cache(maxsize=1)
+def _renameat2() -> Any:
+    """The function of the C library; Python has none that does not replace."""
+    return getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,9 +81,7 @@ class _Leftover:
     def is_alive(self, directory_fd: int) -> bool:
         """Whether its writer may still be at it; when in doubt, it is."""
         if self.host != host():  # another machine, another container, or this machine before it was started again: only age tells
-            with suppress(OSError):
-                return os.stat(self.name, dir_fd=directory_fd).st_mtime > time.time() - _AGE_S
-            return True
+            return self.is_younger(_AGE_S, directory_fd)
         try:
             os.kill(self.pid, 0)
         except ProcessLookupError:
@@ -69,101 +94,99 @@ class _Leftover:
             return True
         return began == self.began and state not in "ZX"
 
+    def is_younger(self, seconds: float, directory_fd: int) -> bool:
+        """Whether it was written since; when in doubt, it was."""
+        with suppress(OSError):
+            return os.stat(self.name, dir_fd=directory_fd).st_mtime > time.time() - seconds
+        return True
+
+
+@dataclass(frozen=True, slots=True)
+class Tidied:
+    """The visible names in a directory; and whether records are among them that were only promised: it is to be fsynced first."""
+
+    names: list[str]
+    kept: bool = False
+
+
+def tidy(names: Collection[str], directory_fd: int) -> Tidied:
+    """Remove what dead writers have left in a directory, and make the records that they have promised.
+
+    Args:
+        names: all that are in the directory.
+        directory_fd: the directory.
+
+    Raises:
+        OSError: a promise cannot be kept, so what is there is less than what was acknowledged.
+    """
+    visible = [name for name in names if not name.startswith(".")]
+    if len(visible) == len(names):
+        return Tidied(visible)
+    kept = False
+    hidden = (_parse(name) for name in names if name.startswith("."))
+    for found in sorted(filter(None, hidden), key=lambda leftover: leftover.record):  # the lower first: see `_keep`
+        if found.record in visible:
+            # Another writer was faster. Of half a rename (ext4 without a journal) both names are of one file, and one link is counted.
+            if inode(found.name, directory_fd) != inode(found.record, directory_fd):
+                unlink(found.name, directory_fd)
+        elif found.record and _keep(found, visible, directory_fd):
+            visible.append(found.record)
+            kept = True
+        elif not found.is_alive(directory_fd):
+            unlink(found.name, directory_fd)
+    return Tidied(visible, kept)
+
+
+def _keep(promise: _Leftover, visible: list[str], directory_fd: int) -> bool:
+    """Make the record that was promised, if all of it is there; whether it is there now.
+
+    Not below a record with a higher number: who made that one has seen all that were acknowledged, so this one was not, or was deleted
+    since. Nor while its writer is about to do so itself; one that was stopped meanwhile is not waited for.
+    """
+    number = record_number(promise.record)
+    if number is None or number < max((record_number(name) or 0 for name in visible), default=0):
+        return False
+    lives = promise.host == host() and promise.is_alive(directory_fd)
+    if lives and promise.is_younger(_UNDER_WAY_S, directory_fd):
+        return False
+    try:
+        file = os.open(promise.name, os.O_RDONLY, dir_fd=directory_fd)
+        try:
+            digest = hashlib.sha256()
+            for piece in iter(lambda: os.read(file, _PIECE), b""):
+                digest.update(piece)
+            if digest.hexdigest()[:_DIGEST_CHARS] != promise.digest:
+                return False  # the power failed before it was durable
+            os.fsync(file)
+            become(promise.name, promise.record, directory_fd)
+        finally:
+            os.close(file)
+    except (FileExistsError, FileNotFoundError):  # somebody else was faster
+        return inode(promise.record, directory_fd) is not None
+    except OSError as error:
+        if lives and error.errno in {errno.EACCES, errno.EPERM, errno.EROFS}:
+            return False  # it was not acknowledged: we only read, and its writer can do it
+        raise
+    return True
+
 
 def _parse(name: str) -> _Leftover | None:
     match = _NAME.fullmatch(name)
     return _Leftover(name, match[1], int(match[2]), match[3], match[4] or "", match[5] or "") if match else None
 
 
-@dataclass(frozen=True, slots=True)
-class Tidied:
-    """What is in a directory: its visible names, among them records that were only promised; and the promises that are kept.
-
-    Those are superfluous when the directory has been fsynced since.
-    """
-
-    names: list[str]
-    kept: list[str]
-
-
-def tidy(names: Collection[str], directory_fd: int) -> Tidied:
-    """Remove what dead writers have left in a directory, and link what was promised, also by who lives: it is about to do the same.
-
-    Args:
-        names: all that are in the directory.
-        directory_fd: the directory.
-    """
-    visible = [name for name in names if not name.startswith(".")]
-    if len(visible) == len(names):
-        return Tidied(visible, [])
-    kept: list[str] = []
-    hidden = (_parse(name) for name in names if name.startswith("."))
-    for found in sorted(filter(None, hidden), key=lambda leftover: leftover.record):  # the lower first: see `keep_promise`
-        if found.record in visible:
-            kept.append(found.name)
-        elif found.record and keep_promise(found, visible, directory_fd):
-            visible.append(found.record)
-            kept.append(found.name)
-        elif not found.is_alive(directory_fd):
-            unlink(found.name, directory_fd)
-    return Tidied(visible, kept)
-
-
-def keep_promise(promise: _Leftover, visible: list[str], directory_fd: int) -> bool:
-    """Link the record that was promised, if all of it is there. The directory is to be fsynced before anybody hears of it.
-
-    Not below a record with a higher number: who made that has seen all that were acknowledged, so this one was not, or was deleted since.
-    """
-    number = record_number(promise.record)
-    if number is None or number < max((record_number(name) or 0 for name in visible), default=0):
-        return False
+def inode(name: str, directory_fd: int) -> int | None:
+    """Which file has a name in a directory; None if there is none."""
     try:
-        file = os.open(promise.name, os.O_RDONLY, dir_fd=directory_fd)
-    except FileNotFoundError:  # somebody else was faster
-        return is_there(promise.record, directory_fd)
-    try:
-        data = b"".join(iter(lambda: os.read(file, 1 << 20), b""))
-        if _digest(data) != promise.digest:
-            return False  # the power failed before it was durable
-        os.fsync(file)
-        os.link(promise.name, promise.record, src_dir_fd=directory_fd, dst_dir_fd=directory_fd, follow_symlinks=True)
-    except FileExistsError:
-        return True
+        return os.stat(name, dir_fd=directory_fd).st_ino
     except FileNotFoundError:
-        return is_there(promise.record, directory_fd)
-    finally:
-        os.close(file)
-    return True
-
-
-def promises_of(record: str, names: list[str]) -> list[str]:
-    """The names of all promises of a record."""
-    return [name for name in names if f"-{record}-" in name and (found := _parse(name)) is not None and found.record == record]
-
-
-def remove(names: list[str], directory_fd: int) -> None:
-    """Remove promises that are superfluous."""
-    for name in names:
-        unlink(name, directory_fd)
+        return None
 
 
 def unlink(name: str, directory_fd: int) -> None:
     """Remove a hidden file; at worst it stays."""
     with suppress(OSError):
         os.unlink(name, dir_fd=directory_fd)
-
-
-def is_there(record: str, directory_fd: int) -> bool:
-    """Whether a record is in a directory."""
-    try:
-        os.stat(record, dir_fd=directory_fd)
-    except FileNotFoundError:
-        return False
-    return True
-
-
-def _digest(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()[:_DIGEST_CHARS]
 
 
 @functools.lru_cache(maxsize=1)

@@ -5,9 +5,11 @@ The order is the whole point::
     write a file without a name -> fsync it -> parents durable -> link (fails if the name exists) -> fsync the directory
 
 * A name appears only after its content is durable, so that no reader, and no crash, ever sees half a record.
-* A record appears only after every directory above it is durable, so that one fsync of its own directory makes it safe.
-* Where the fsync of a file includes its name, and what was done to its directory before (ext4, XFS), that one is spared. The file is a
-  promise first: its hidden name says which record it is to be. Whoever finds a promise, and no record, links it (`leftovers`).
+* A record appears only after every directory above it is durable, so that one fsync of its own directory makes it safe. Where that
+  fsync includes the name of a new directory, whoever calls it (ext4, XFS), the one above is spared for a directory just made.
+* There, too, the fsync of a file includes its name, and what was done to its directory before. So a writer's second record in a row takes
+  one fsync: the file is a **promise** first, whose hidden name says which record it is to be, and then renamed. Whoever finds a promise,
+  and no record, makes it (`leftovers`).
 * Where ext4 has no journal, a file that is fsynced without a name is on the disk as one that is deleted, and stays so after the link
   and the fsync of the directory: there what is fsynced has a temporary name first.
 * Whoever is told "it is there" is told so after an fsync of the directory. Without it, a claim could survive a power cut
@@ -24,11 +26,11 @@ import os
 import re
 import time
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, Literal, TypeAlias
+from typing import TYPE_CHECKING, Final
 
-from faultguard._core.names import check_key, check_prefix, record_number
+from faultguard._core.names import check_key, check_prefix, record_name, record_number
 from faultguard.errors import AmbiguousReplyError, CheckpointStoreError, UsageError
 from faultguard.storage import STORE_KEY, leftovers
 
@@ -48,12 +50,13 @@ _EMPTY_WAIT_S: Final = 0.2
 _MAX_IDENTITY: Final = 1 << 12
 _NO_JOURNAL: Final = "ext4 without a journal"
 _OF_ONE_NODE: Final = frozenset({"ext3", "ext4", _NO_JOURNAL, "xfs", "btrfs", "f2fs", "zfs", "overlay", "tmpfs"})
-# Here the fsync of a new file includes its name, and what was done to its directory before: a journal keeps the order of all changes,
-# and ext4 without one writes the directory with it, and those above as far as they are new.
+# Here the fsync of a new file or directory includes its name, and what was done to its directory before: a journal keeps the order of all
+# changes, and ext4 without one writes the directory with it, and those above as far as they are new.
 _NAME_INCLUDED: Final = frozenset({"ext4", _NO_JOURNAL, "xfs"})
 # Here, or in what may be below (overlay), a file that was synced without a name is deleted on the disk, whatever it is linked as later.
 _NAMED_FIRST: Final = frozenset({"ext2", _NO_JOURNAL, "overlay"})
 _NO_TMPFILE: Final = frozenset({errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOSYS})
+_NO_RENAME: Final = frozenset({errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS})
 _NO_HARD_LINKS: Final = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK})
 # A link that failed so surely made nothing. After any other error (EIO, ETIMEDOUT, EINTR, ESTALE, ...) a server may have.
 _SURELY_NOT: Final = _NO_HARD_LINKS | {
@@ -76,20 +79,6 @@ def _step(name: str, key: str) -> None:
         step_hook(name, key)
 
 
-_Way: TypeAlias = 'Literal["synced", "promised", "volatile"]'
-"""Synced: the file, then its directory. Promised: the file, with a name that says what it is to be. Volatile: nothing."""
-
-
-@dataclass(slots=True)
-class _File:
-    """One that was written: its hidden name, what it is if it became the record, and the directories that are durable with it."""
-
-    way: _Way
-    temporary: str
-    made: os.stat_result | None = None
-    settled: list[str] = field(default_factory=list)
-
-
 @dataclass(frozen=True, slots=True)
 class _Witness:
     """A record made by this process; while it is there, the directories above it are the ones that were made durable.
@@ -101,7 +90,6 @@ class _Witness:
     device: int
     inode: int
     mtime_ns: int
-    promise: str = ""  # the hidden name that makes it durable, until its directory is fsynced
 
     def is_there(self) -> bool:
         try:
@@ -131,6 +119,9 @@ class LocalStore:
         self._tmpfile = tmpfile is not False
         self._named_first = tmpfile is None and self._kind in _NAMED_FIRST
         self._unsafe = os.environ.get(UNSAFE_VARIABLE) == "1"
+        self._promises = self._kind in _NAME_INCLUDED and not self._unsafe
+        self._promising: dict[str, object] = {}  # the directories where a promise of this process is to become a record
+        self._pid = os.getpid()
         self._settled: dict[str, _Witness] = {}
         self._made = ""  # the directory that was made last, if its first fsync is one of its name, too
         self._volatile: tuple[str, _Witness] | None = None  # the directory and the record that was made last, and need not be durable
@@ -196,7 +187,6 @@ class LocalStore:
         path = f"{self._root}/{check_key(key)}"
         _step("before_delete", key)
         with self._translated("deleted", path), suppress(FileNotFoundError, NotADirectoryError):
-            self._withdraw(path)
             os.unlink(path)
         _step("after_delete", key)
         self._prune(_parent(path))
@@ -206,6 +196,9 @@ class LocalStore:
     def _create(self, key: str, data: bytes, *, durable: bool = True) -> bool:
         path = f"{self._root}/{key}"
         directory = _parent(path)
+        if self._pid != os.getpid():  # after a fork: what this process has made, its parent has made, too
+            self._forget(directory)
+            self._settled, self._promising, self._pid = {}, {}, os.getpid()
         with self._translated("created", path):
             try:
                 for _ in range(_MAX_TRIES):
@@ -215,9 +208,7 @@ class LocalStore:
                         self._make(directory)
                 raise FileNotFoundError(errno.ENOENT, f"its directory was removed {_MAX_TRIES} times while it was written")
             except OSError:
-                # Whether its names will be durable with the next fsync is not known.
-                self._made = ""
-                self._settled.pop(directory, None)
+                self._forget(directory)  # whether its names will be durable with the next fsync is not known
                 self._prune(directory)
                 raise
 
@@ -226,130 +217,210 @@ class LocalStore:
         # the link fails with ENOENT, even if another process has made it anew.
         directory_fd = os.open(directory, _DIRECTORY)
         try:
-            file = self._write_and_link(directory, directory_fd, key, data, self._way(directory, key, durable=durable))
+            if durable and self._promises and self._may_promise(directory, directory_fd, key):
+                created = self._create_promised(directory, directory_fd, key, data)
+                if created is not None:
+                    return created
+            made, settled = self._write_and_link(directory, directory_fd, key, data, durable=durable)
             _step("before_dir_fsync", key)
             try:
                 # Also if the key exists: its writer may have died before it did this, and our caller goes by what is there.
-                if file.way == "synced" or file.made is None:
+                if settled or made is None:
                     os.fsync(directory_fd)
             except OSError as error:
-                self._settled.pop(directory, None)  # the next create here starts with an fsync, and fails if that does
-                self._made = ""
-                if file.made is None:
+                self._forget(directory)
+                if made is None:
                     raise
                 msg = self._ambiguous(key, "its directory could not be made durable", error)
                 raise AmbiguousReplyError(msg, errno=error.errno) from error
-            if file.way != "volatile":
-                self._redeem(directory, directory_fd)
         finally:
             _close(directory_fd)
-        if file.made is None:
+        if made is None:
             return False
-        promise = file.temporary if file.way == "promised" else ""
-        witness = _Witness(f"{self._root}/{key}", file.made.st_dev, file.made.st_ino, file.made.st_mtime_ns, promise)
-        if len(self._settled) >= _MAX_SETTLED:
-            self._settled.clear()
-        self._settled.update(dict.fromkeys(file.settled, witness))
-        if file.way == "volatile":
+        witness = self._remember(key, made, settled)
+        if not settled:
             self._volatile = (directory, witness)
         return True
 
-    def _way(self, directory: str, key: str, *, durable: bool) -> _Way:
-        """How a record is made.
+    def _remember(self, key: str, made: os.stat_result, settled: builtins.list[str]) -> _Witness:
+        """The record that was made, and as long as it is there, these directories are durable."""
+        witness = _Witness(f"{self._root}/{key}", made.st_dev, made.st_ino, made.st_mtime_ns)
+        if len(self._settled) >= _MAX_SETTLED:
+            self._settled.clear()
+        self._settled.update(dict.fromkeys(settled, witness))
+        return witness
+
+    def _forget(self, directory: str) -> None:
+        """The next create here starts with an fsync, and fails if that does."""
+        self._settled.pop(directory, None)
+        self._made, self._volatile = "", None
+
+    # -- the same with one fsync
+
+    def _may_promise(self, directory: str, directory_fd: int, key: str) -> bool:
+        """Whether this is the record after one of this very process, in a directory that is durable, or will be with this record.
+
+        So there is never a second promise of the same number, of which nobody could say after a crash which one was acknowledged.
+        """
+        number = record_number(key.rpartition("/")[2]) or 0
+        if number <= 1:
+            return False
+        below = f"{directory}/{record_name(number - 1)}"
+        witness = self._settled.get(directory)
+        if witness is None and self._volatile is not None and directory == self._made and self._is_settled(_parent(directory)):
+            witness = self._volatile[1]
+        if witness is None or witness.path != below or not witness.is_there():
+            return False
+        if self._kind == _NO_JOURNAL:
+            # There both halves of a rename are written at once only if they are in one block.
+            found = os.fstat(directory_fd)
+            return found.st_size <= found.st_blksize
+        return True
+
+    def _create_promised(self, directory: str, directory_fd: int, key: str, data: bytes) -> bool | None:
+        """Create a record whose name is durable, hidden, before it has it; None if another thread is doing that here."""
+        me = object()
+        if self._promising.setdefault(directory, me) is not me:
+            return None
+        try:
+            made = self._promise(directory, directory_fd, key, data)
+        finally:
+            del self._promising[directory]
+        if made is None:
+            return False
+        _step("after_link", key)
+        _step("before_dir_fsync", key)
+        self._remember(key, made, [directory])
+        return True
+
+    def _promise(self, directory: str, directory_fd: int, key: str, data: bytes) -> os.stat_result | None:
+        """Promise a record and make it: what it is then, None if there is one."""
+        promise = leftovers.promise_name(key.rpartition("/")[2], data)
+        fd = os.open(promise, _NEW_FILE, 0o666, dir_fd=directory_fd)
+        try:
+            _write(fd, data)
+            os.fsync(fd)  # if this fails: see `_write_and_link`
+            _step("before_link", key)
+            made = self._become(fd, promise, directory_fd, key)
+            if made is None:
+                os.fsync(directory_fd)  # as below; and before the promise goes, or a crash could find it without the other record
+                leftovers.unlink(promise, directory_fd)
+        except BaseException as error:
+            self._forget(directory)
+            try:
+                os.unlink(promise, dir_fd=directory_fd)
+            except FileNotFoundError:
+                if isinstance(error, OSError):
+                    raise AmbiguousReplyError(self._ambiguous(key, "another process may have made it", error), errno=error.errno) from error
+            except OSError:
+                pass
+            with suppress(OSError):
+                os.fsync(directory_fd)  # or a crash could bring it back
+            raise
+        else:
+            return made
+        finally:
+            _close(fd)
+
+    def _become(self, fd: int, promise: str, directory_fd: int, key: str) -> os.stat_result | None:
+        """Rename a promise to the last part of `key`. Here exactly one of several writers wins, as with a link."""
+        name = key.rpartition("/")[2]
+        try:
+            leftovers.become(promise, name, directory_fd)
+        except OSError as error:
+            if error.errno in {errno.EEXIST, errno.ENOENT}:  # ENOENT: another process has kept the promise, or removed it
+                there, mine = leftovers.inode(name, directory_fd), os.fstat(fd)
+                if there == mine.st_ino:
+                    return mine
+                if there is not None or error.errno == errno.EEXIST:
+                    return None
+            elif error.errno in _NO_RENAME:
+                self._promises = False
+                raise FileNotFoundError(errno.ENOENT, "once more, without a promise") from error
+            elif error.errno in _SURELY_NOT:
+                raise
+            msg = self._ambiguous(key, "it is not known what has become of it", error)
+            raise AmbiguousReplyError(msg, errno=error.errno) from error
+        made = os.fstat(fd)
+        if not made.st_nlink:
+            gone = OSError(errno.ENOLINK, "renamed, and not there")
+            raise AmbiguousReplyError(self._ambiguous(key, "somebody has deleted it already", gone), errno=gone.errno)
+        return made
+
+    # -- the same, with a file and its directory
+
+    def _write_and_link(
+        self, directory: str, directory_fd: int, key: str, data: bytes, *, durable: bool
+    ) -> tuple[os.stat_result | None, builtins.list[str]]:
+        """Give durable content its name: the file (None if there is one of that name), and the directories that are durable with it.
 
         What need not be durable is so all the same where other nodes may see it: one that fails would take the content from them.
         """
-        if not durable and self._kind in _OF_ONE_NODE:
-            return "volatile"
-        if self._kind not in _NAME_INCLUDED or self._unsafe or record_number(key.rpartition("/")[2]) is None:
-            return "synced"
-        begun = directory == self._made and self._is_settled(_parent(directory))
-        return "promised" if begun or self._is_settled(directory) else "synced"
-
-    def _write_and_link(self, directory: str, directory_fd: int, key: str, data: bytes, way: _Way) -> _File:
-        """Give content its name; what is durable is so before."""
-        fd, temporary = self._open_temporary(directory_fd, key, data, way)
-        file = _File(way, temporary)
+        synced = durable or self._kind not in _OF_ONE_NODE
+        fd, temporary = self._open_temporary(directory_fd, nameless=not (synced and self._named_first))
         try:
             _write(fd, data)
-            if way != "volatile":
+            settled: builtins.list[str] = []
+            if synced:
                 # If this fails, the kernel may have dropped the data and will call the next fsync of this file a success: the
                 # file is thrown away, and a caller that tries again gets another one.
                 os.fsync(fd)
                 # Before the link: nobody may be told of a record whose directory a crash can take.
-                file.settled = self._settle(directory, directory_fd) if way == "synced" else [directory]
+                settled = self._settle(directory, directory_fd)
             _step("before_link", key)
-            file.made = self._link(fd, file, directory_fd, key)
+            made = self._link(fd, temporary, directory_fd, key)
             _step("after_link", key)
-            return file
+            return made, settled
         finally:
             _close(fd)
-            if way != "promised":
-                if temporary:
-                    leftovers.unlink(temporary, directory_fd)
-            elif file.made is None:
+            if temporary is not None:
                 leftovers.unlink(temporary, directory_fd)
-                with suppress(OSError):
-                    os.fsync(directory_fd)  # or a crash could bring it back
 
-    def _redeem(self, directory: str, directory_fd: int) -> None:
-        """What was promised here before is durable under its own name by now."""
-        witness = self._settled.get(directory)
-        if witness is not None and witness.promise and _parent(witness.path) == directory:
-            leftovers.unlink(witness.promise, directory_fd)
-
-    def _open_temporary(self, directory_fd: int, key: str, data: bytes, way: _Way) -> tuple[int, str]:
-        """Open a file without a name (it goes with its writer), or with a hidden one, where that is needed or there is no such thing."""
-        if way == "promised":
-            name = leftovers.promise_name(key.rpartition("/")[2], data)
-        elif self._tmpfile and (way == "volatile" or not self._named_first):
+    def _open_temporary(self, directory_fd: int, *, nameless: bool) -> tuple[int, str | None]:
+        """Open a file without a name (it goes with its writer); one with a temporary name if not `nameless`, or where there is none."""
+        if nameless and self._tmpfile:
             try:
-                return os.open(".", os.O_TMPFILE | os.O_WRONLY, 0o666, dir_fd=directory_fd), ""
+                return os.open(".", os.O_TMPFILE | os.O_WRONLY, 0o666, dir_fd=directory_fd), None
             except OSError as error:
                 if not os.fstat(directory_fd).st_nlink:  # the directory was removed, which ext4 calls EPERM here
                     raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT)) from error
                 if error.errno not in _NO_TMPFILE:
                     raise
                 self._tmpfile = False
-                name = leftovers.temporary_name()
-        else:
-            name = leftovers.temporary_name()
-        return os.open(name, _NEW_FILE, 0o666, dir_fd=directory_fd), name
+        temporary = leftovers.temporary_name()
+        return os.open(temporary, _NEW_FILE, 0o666, dir_fd=directory_fd), temporary
 
-    def _link(self, fd: int, file: _File, directory_fd: int, key: str) -> os.stat_result | None:
+    def _link(self, fd: int, temporary: str | None, directory_fd: int, key: str) -> os.stat_result | None:
         """Link the file as the last part of `key`: what it is then, None if there is one. Here exactly one of several writers wins."""
-        name, temporary = key.rpartition("/")[2], file.temporary
+        name = key.rpartition("/")[2]
+        links = 1 if temporary is None else 2
         try:
             # With a dir_fd Python calls linkat(AT_SYMLINK_FOLLOW); link() would link the symlink in /proc.
             source = temporary or f"/proc/self/fd/{fd}"
             os.link(source, name, src_dir_fd=directory_fd, dst_dir_fd=directory_fd, follow_symlinks=True)
         except OSError as error:
             found = _found(fd)
-            # NFS: done, but the reply was lost, and the client's second try failed. Or somebody has kept our promise.
-            if found is not None and _is_linked(found, temporary, name, directory_fd):
+            if found is not None and found.st_nlink == links:  # NFS: done, but the reply was lost, and the client's second try failed
                 return found
-            # Whoever makes a directory durable removes the promises in it of what is there, and of what is to be deleted.
-            removed = file.way == "promised" and error.errno == errno.ENOENT
-            if found is not None and (error.errno == errno.EEXIST or (removed and leftovers.is_there(name, directory_fd))):
+            if error.errno == errno.EEXIST and found is not None:
                 return None
             if self._try_named(error, temporary, directory_fd):
                 raise FileNotFoundError(errno.ENOENT, "once more, with a named file") from error
-            if temporary and found is not None and error.errno in _NO_HARD_LINKS and self._unsafe:
+            if temporary is not None and found is not None and error.errno in _NO_HARD_LINKS and self._unsafe:
                 return found if _rename(temporary, name, directory_fd) else None
-            if error.errno in _SURELY_NOT and not removed:
+            if error.errno in _SURELY_NOT:
                 raise
             msg = self._ambiguous(key, "the file system did not say whether it was linked", error)
             raise AmbiguousReplyError(msg, errno=error.errno) from error
         found = _found(fd)
-        # NFS says "done" and did not, or somebody has deleted the record already
-        if found is None or not _is_linked(found, temporary, name, directory_fd):
+        if found is None or found.st_nlink != links:  # NFS says "done" and did not, or somebody has deleted the record already
             gone = OSError(errno.ENOLINK, "linked, but not there")
             raise AmbiguousReplyError(self._ambiguous(key, "the file system linked it, and it is not there", gone), errno=gone.errno)
         return found
 
-    def _try_named(self, error: OSError, temporary: str, directory_fd: int) -> bool:
+    def _try_named(self, error: OSError, temporary: str | None, directory_fd: int) -> bool:
         """After a failed link of a nameless file: whether a named one may do (no /proc here, or a file system that cannot)."""
-        if temporary or error.errno not in {errno.ENOENT, errno.EXDEV, *_NO_HARD_LINKS}:
+        if temporary is not None or error.errno not in {errno.ENOENT, errno.EXDEV, *_NO_HARD_LINKS}:
             return False
         if not os.fstat(directory_fd).st_nlink:  # the directory was removed: an ordinary ENOENT
             return False
@@ -375,10 +446,11 @@ class LocalStore:
         """
         if self._is_settled(directory):
             return [directory]
+        if directory == self._made and self._is_settled(_parent(directory)):
+            return [directory]  # by the fsync of its first record
         found = leftovers.tidy(os.listdir(directory_fd), directory_fd)
-        if found.names and not self._has_made_lately(directory, [f"{directory}/{name}" for name in found.names]):
+        if found.kept or (found.names and not self._has_made_lately(directory, [f"{directory}/{name}" for name in found.names])):
             os.fsync(directory_fd)
-            leftovers.remove(found.kept, directory_fd)
         path, settled = directory, [directory]
         while path != self._root:
             path = _parent(path)
@@ -441,23 +513,6 @@ class LocalStore:
                 return
             directory = _parent(directory)
 
-    def _keep_promises(self, directory: str) -> bool:
-        """Whether there was a promise of a record that was not there, and is now; `directory` is not fsynced yet."""
-        directory_fd = os.open(directory, _DIRECTORY)
-        try:
-            names = os.listdir(directory_fd)
-            return len(leftovers.tidy(names, directory_fd).names) > sum(not name.startswith(".") for name in names)
-        finally:
-            _close(directory_fd)
-
-    def _withdraw(self, path: str) -> None:
-        """Remove the promises of a record that is about to be deleted, or they would be kept."""
-        directory, _, record = path.rpartition("/")
-        if self._kind in _NAME_INCLUDED and record_number(record) is not None:
-            for name in leftovers.promises_of(record, os.listdir(directory)):
-                with suppress(FileNotFoundError):
-                    os.unlink(f"{directory}/{name}")
-
     def _scan(self, prefix: str, start_after: str) -> tuple[builtins.list[str], builtins.list[str]]:
         """Return the keys directly under `prefix`, made durable, and the prefixes below it."""
         try:
@@ -471,10 +526,17 @@ class LocalStore:
             keys = [key for name in found.names if not kinds.get(name) and (key := prefix + name) > start_after]
             if found.kept or (keys and not self._has_made(prefix, keys)):
                 os.fsync(directory_fd)
-                leftovers.remove(found.kept, directory_fd)
         finally:
             _close(directory_fd)
         return keys, [f"{prefix}{name}/" for name in found.names if kinds.get(name)]
+
+    def _keep_promises(self, directory: str) -> bool:
+        """Whether there is a record more in `directory` since it was looked for what was promised; it is not fsynced yet."""
+        directory_fd = os.open(directory, _DIRECTORY)
+        try:
+            return leftovers.tidy(os.listdir(directory_fd), directory_fd).kept
+        finally:
+            _close(directory_fd)
 
     def _has_made(self, prefix: str, keys: builtins.list[str]) -> bool:
         """Whether these are one record of this process, durable or not in need of it: the look of a claim that began a log."""
@@ -580,16 +642,6 @@ def _found(fd: int) -> os.stat_result | None:
         return os.fstat(fd)
     except OSError:
         return None
-
-
-def _is_linked(found: os.stat_result, temporary: str, name: str, directory_fd: int) -> bool:
-    """Whether an open file has a name beside its temporary one."""
-    if found.st_nlink == (2 if temporary else 1):
-        return True
-    try:  # whoever keeps a promise removes its name
-        return bool(temporary and found.st_nlink) and os.stat(name, dir_fd=directory_fd).st_ino == found.st_ino
-    except OSError:
-        return False
 
 
 def _close(fd: int) -> None:
