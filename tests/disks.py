@@ -96,6 +96,7 @@ def small_disk(path: Path, size: str = "4m") -> Iterator[Disk]:
 FILE_SYSTEMS = {
     "ext4": (["mkfs.ext4", "-q", "-F"], 32),
     "ext4 without a journal": (["mkfs.ext4", "-q", "-F", "-O", "^has_journal"], 32),
+    "ext4 without a journal, with names in inodes": (["mkfs.ext4", "-q", "-F", "-O", "^has_journal,inline_data", "-I", "256"], 32),
     "xfs": (["mkfs.xfs", "-q", "-f"], 300),
 }
 

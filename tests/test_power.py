@@ -19,7 +19,7 @@ from faultguard._settings import Settings
 from faultguard.errors import CheckpointStoreError
 from faultguard.storage import leftovers, local, open_store, store_id
 from faultguard.storage.local import LocalStore
-from tests.disks import FILE_SYSTEMS, loop_disk
+from tests.disks import FILE_SYSTEMS, loop_disk, small_disk
 
 if TYPE_CHECKING:
     import contextlib
@@ -188,7 +188,70 @@ def test_what_a_reader_is_told_is_on_the_disk(tmp_path: Path, monkeypatch: pytes
     assert lost == []
 
 
-@pytest.mark.parametrize("kind", list(FILE_SYSTEMS))
+def test_what_makes_a_folder_grow_is_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a journal the blocks of a folder that has more than one reach the disk in any order."""
+    synced: list[str] = []
+    fsync = os.fsync
+
+    def noted(descriptor: int) -> None:
+        synced.append(Path(f"/proc/self/fd/{descriptor}").readlink().name)
+        fsync(descriptor)
+
+    with loop_disk(tmp_path / "disk", "ext4 without a journal") as disk:
+        store, folder = store_on(disk), disk.path / "store/run/task/w"
+        monkeypatch.setattr(os, "fsync", noted)
+        alone = 0
+        for number in range(1, 200):
+            synced.clear()
+            assert store.create(f"run/task/w/{number:09d}.json", b"x")
+            found = folder.stat()
+            if found.st_size > found.st_blksize:
+                assert synced[-1] == "w"
+            elif number > 1:
+                assert len(synced) == 1
+                alone = number
+        assert 1 < alone < number
+
+
+def test_what_could_not_be_written_is_not_shown(tmp_path: Path) -> None:
+    """The kernel has it in memory, and says that it is written, after an fsync that failed; its writer was killed then."""
+    script = f"""
+import os, sys
+sys.path.insert(0, {str(REPOSITORY)!r})
+from faultguard.storage.local import LocalStore
+store, fsync = LocalStore(sys.argv[1]), os.fsync
+for number in (1, 2):
+    assert store.create("run/task/w/%09d.json" % number, b"x" * 5000)
+os.sync()
+with open(sys.argv[2], "wb", buffering=0) as ballast:
+    try:
+        while True:
+            ballast.write(bytes(4096))
+    except OSError:
+        pass
+
+def dies(fd):
+    try:
+        fsync(fd)
+    except OSError:
+        os._exit(9)
+
+os.fsync = dies
+store.create("run/task/w/%09d.json" % 3, b"x" * 3_000_000)
+"""
+    with small_disk(tmp_path / "memory", "24m") as memory, loop_disk(memory.path / "disk", "ext4 without a journal") as disk:
+        store = store_on(disk)
+        ballast = memory.path / "ballast"
+        done = subprocess.run([sys.executable, "-c", script, store.url, str(ballast)], timeout=BOUND_S, check=False)
+        assert done.returncode == 9
+        assert [path for path in (disk.path / "store/run/task/w").iterdir() if "000000003" in path.name]
+        ballast.unlink()
+        for _ in range(2):
+            assert store.list("run/") == ["run/task/w/000000001.json", "run/task/w/000000002.json"]
+            assert store.get("run/task/w/000000003.json") is None
+
+
+@pytest.mark.parametrize("kind", [kind for kind in FILE_SYSTEMS if "inodes" not in kind])
 def test_the_folder_above_is_synced_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     """What is in a new folder takes its name along, so those that come after it in the same process spare that."""
     synced: list[str] = []

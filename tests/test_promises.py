@@ -145,6 +145,68 @@ def test_a_promise_whose_record_is_another_one_is_removed(root: Path) -> None:
     assert hidden(root) == []
 
 
+@pytest.mark.parametrize(("seconds", "found"), [(0, [ONE]), (60, [ONE, TWO])])
+def test_who_cannot_see_whether_the_writer_lives_waits_as_long(root: Path, seconds: int, found: list[str]) -> None:
+    """It is in another container of the same machine, which was not started again since."""
+    promise = root / "run/task/w" / hidden(root)[0]
+    boot, space, rest = promise.name.removeprefix(".tmp-").split("-", 2)
+    other = promise.rename(promise.with_name(f".tmp-{boot}-{int(space) + 1}-{rest}"))
+    os.utime(other, (0, time.time() - seconds))
+    assert LocalStore(str(root)).list("") == found
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOSYS, errno.EPERM])
+def test_a_promise_is_kept_without_a_rename(root: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """By an NFS client, or with a C library that has none."""
+
+    def fails(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(leftovers, "become", fails)
+    assert LocalStore(str(root)).list("") == [ONE, TWO]
+    assert LocalStore(str(root)).get(TWO) == b"promised"
+    assert hidden(root) == []
+
+
+def test_what_another_one_has_kept_meanwhile_is_read(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the look for the record and that for promises."""
+    tidy = leftovers.tidy
+    looked: list[bool] = []
+
+    def later(names: list[str], directory_fd: int) -> leftovers.Tidied:
+        if not looked:
+            looked.append(True)
+            assert LocalStore(str(root)).list("") == [ONE, TWO]
+        return tidy(os.listdir(directory_fd), directory_fd)
+
+    monkeypatch.setattr(leftovers, "tidy", later)
+    assert LocalStore(str(root)).get(TWO) == b"promised"
+
+
+@pytest.mark.parametrize("many", [1, 100])
+def test_a_long_listing_that_a_rename_has_met_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, many: int) -> None:
+    """The kernel tells some names at a time; where it tells all at once, nothing can be missed."""
+    store, scandir = LocalStore(str(tmp_path)), os.scandir
+    for key in (ONE, TWO, THREE):
+        assert store.create(key, b"x")
+    left = [2]
+
+    def misses(descriptor: int) -> Any:
+        with scandir(descriptor) as entries:
+            found = list(entries)
+        if left[0] and len(found) > 1:
+            left[0] -= 1
+            found = [entry for entry in found if entry.name != TWO[-14:]]
+            (tmp_path / "run/task/w/other").touch()
+            (tmp_path / "run/task/w/other").unlink()
+            time.sleep(0.01)  # the clock of the file system goes in steps
+        return contextlib.nullcontext(iter(found))
+
+    monkeypatch.setattr(local, "_MANY", many)
+    monkeypatch.setattr(os, "scandir", misses)
+    assert LocalStore(str(tmp_path)).list("run/task/w/") == ([ONE, TWO, THREE] if many == 1 else [ONE, THREE])
+
+
 def test_half_a_rename_is_left_alone(root: Path) -> None:
     """Both names are on the disk, of one file, and ext4 without a journal counts one link: the file would go with either."""
     os.link(root / "run/task/w" / hidden(root)[0], root / TWO)
@@ -219,9 +281,8 @@ def test_where_a_promise_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
         found = fstat(descriptor)
         if not stat.S_ISDIR(found.st_mode):
             return found
-        return mock.Mock(
-            wraps=found, st_nlink=found.st_nlink, st_blksize=100, st_size=100 if len(list((tmp_path / "run/w").iterdir())) < 3 else 101
-        )
+        size = 100 if len(list((tmp_path / "run/w").iterdir())) < 3 else 101
+        return mock.Mock(wraps=found, st_nlink=found.st_nlink, st_blocks=1, st_blksize=100, st_size=size)
 
     monkeypatch.setattr(os, "fstat", small_blocks)
     for number in range(1, 102):
@@ -347,6 +408,22 @@ def test_a_hard_link_of_a_backup_makes_nobody_win(tmp_path: Path, monkeypatch: p
     assert meanwhile(monkeypatch, mine, backup_and_faster) is False
 
 
+def test_a_promise_that_cannot_be_taken_back_may_be_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The disk has become read-only: nobody may say that it was not created."""
+    mine = LocalStore(str(tmp_path))
+    assert mine.create(ONE, b"below")
+
+    def fails(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fails)
+        patch.setattr(os, "unlink", fails)
+        with pytest.raises(AmbiguousReplyError):
+            mine.create(TWO, b"mine")
+    assert len(hidden(tmp_path)) == 1
+
+
 @pytest.mark.parametrize("kept", [False, True])
 def test_what_becomes_of_a_promise_whose_fsync_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, kept: bool) -> None:
     """It is taken back; if another process has kept it meanwhile, nobody may say that it was not created."""
@@ -413,14 +490,16 @@ def test_many_look_at_once(root: Path) -> None:
 
 @pytest.mark.parametrize("lives", [False, True])
 def test_who_may_not_write_is_told_rather_than_shown_less(root: Path, monkeypatch: pytest.MonkeyPatch, *, lives: bool) -> None:
-    """The record is acknowledged, and cannot be made: that is an error, not an older log. While its writer lives it is not acknowledged."""
+    """The record is acknowledged, and cannot be made: that is an error, not an older log. Within one boot it is not acknowledged."""
 
     def refuses(*_: object) -> None:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
+    promise = root / "run/task/w" / hidden(root)[0]
     if lives:
-        promise = root / "run/task/w" / hidden(root)[0]
         promise.rename(promise.with_name(leftovers.promise_name("000000002.json", b"promised")))
+    else:
+        promise.rename(promise.with_name(f".tmp-{'0' * 32}-{promise.name.split('-', 2)[2]}"))
     monkeypatch.setattr(leftovers, "_UNDER_WAY_S", 0.0)
     with monkeypatch.context() as patch:
         patch.setattr(leftovers, "become", refuses)

@@ -25,13 +25,14 @@ from faultguard._core.names import record_number
 if TYPE_CHECKING:
     from collections.abc import Collection
 
-__all__ = ["Tidied", "become", "inode", "promise_name", "temporary_name", "tidy", "unlink"]
+__all__ = ["NO_RENAME", "Tidied", "become", "inode", "promise_name", "temporary_name", "tidy", "unlink"]
 
 _AGE_S: Final = 86_400.0
 _UNDER_WAY_S: Final = 10.0  # a living writer needs a moment between the fsync of a promise and its rename
 _DIGEST_CHARS: Final = 32
 _PIECE: Final = 1 << 20
 _RENAME_NOREPLACE: Final = 1
+NO_RENAME: Final = frozenset({errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS, errno.EPERM})  # of what `become` may say: use links
 _NAME: Final = re.compile(r"\.tmp-([0-9a-f]+-[0-9]+)-([0-9]{1,7})-([0-9]+)-[0-9]+(?:-(.+)-([0-9a-f]{32}))?")
 _numbers: Final = itertools.count()
 
@@ -53,7 +54,7 @@ def become(promise: str, record: str, directory_fd: int) -> None:
     Raises:
         FileExistsError: there is such a record.
         FileNotFoundError: the promise is gone.
-        OSError: ENOSYS or EINVAL where this cannot be done, or another error of the file system.
+        OSError: one of `NO_RENAME` where this cannot be done, or another error of the file system.
     """
     rename = _renameat2()
     if rename is None:
@@ -78,10 +79,15 @@ class _Leftover:
     record: str  # "" if it is no promise
     digest: str
 
-    def is_alive(self, directory_fd: int) -> bool:
+    @property
+    def is_of_this_boot(self) -> bool:
+        """Whether the machine was not started again since, in whatever container."""
+        return self.host.partition("-")[0] == host().partition("-")[0]
+
+    def is_alive(self, directory_fd: int, *, in_doubt_s: float = _AGE_S) -> bool:
         """Whether its writer may still be at it; when in doubt, it is."""
         if self.host != host():  # another machine, another container, or this machine before it was started again: only age tells
-            return self.is_younger(_AGE_S, directory_fd)
+            return self.is_younger(in_doubt_s, directory_fd)
         try:
             os.kill(self.pid, 0)
         except ProcessLookupError:
@@ -146,28 +152,46 @@ def _keep(promise: _Leftover, visible: list[str], directory_fd: int) -> bool:
     number = record_number(promise.record)
     if number is None or number < max((record_number(name) or 0 for name in visible), default=0):
         return False
-    lives = promise.host == host() and promise.is_alive(directory_fd)
-    if lives and promise.is_younger(_UNDER_WAY_S, directory_fd):
+    recent = promise.is_of_this_boot and promise.is_younger(_UNDER_WAY_S, directory_fd)
+    if recent and promise.is_alive(directory_fd, in_doubt_s=_UNDER_WAY_S):
         return False
     try:
         file = os.open(promise.name, os.O_RDONLY, dir_fd=directory_fd)
         try:
-            digest = hashlib.sha256()
-            for piece in iter(lambda: os.read(file, _PIECE), b""):
-                digest.update(piece)
-            if digest.hexdigest()[:_DIGEST_CHARS] != promise.digest:
+            if not _is_whole(file, promise.digest):
                 return False  # the power failed before it was durable
-            os.fsync(file)
-            become(promise.name, promise.record, directory_fd)
+            _rename(promise, directory_fd)
         finally:
             os.close(file)
     except (FileExistsError, FileNotFoundError):  # somebody else was faster
         return inode(promise.record, directory_fd) is not None
-    except OSError as error:
-        if lives and error.errno in {errno.EACCES, errno.EPERM, errno.EROFS}:
-            return False  # it was not acknowledged: we only read, and its writer can do it
+    except OSError:
+        if promise.is_of_this_boot:
+            return False  # nobody was told of it: that comes after the rename, and was not lost since
         raise
     return True
+
+
+def _is_whole(file: int, digest: str) -> bool:
+    """Whether the disk has the content of a promise. The memory may have it, and say that all is written, after an fsync that failed."""
+    os.fsync(file)
+    os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+    found = hashlib.sha256()
+    for piece in iter(lambda: os.read(file, _PIECE), b""):
+        found.update(piece)
+    return found.hexdigest()[:_DIGEST_CHARS] == digest
+
+
+def _rename(promise: _Leftover, directory_fd: int) -> None:
+    """With two calls where it cannot be one, such as on an NFS client of the disk."""
+    try:
+        become(promise.name, promise.record, directory_fd)
+    except OSError as error:
+        if error.errno not in NO_RENAME:
+            raise
+        os.link(promise.name, promise.record, src_dir_fd=directory_fd, dst_dir_fd=directory_fd)
+        os.fsync(directory_fd)
+        os.unlink(promise.name, dir_fd=directory_fd)
 
 
 def _parse(name: str) -> _Leftover | None:

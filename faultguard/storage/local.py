@@ -48,6 +48,8 @@ _MAX_TRIES: Final = 100  # of a create whose directory is removed under it again
 _MAX_SETTLED: Final = 10_000
 _EMPTY_WAIT_S: Final = 0.2
 _MAX_IDENTITY: Final = 1 << 12
+_MANY: Final = 128  # files in a directory
+_MAX_LOOKS: Final = 10
 _NO_JOURNAL: Final = "ext4 without a journal"
 _OF_ONE_NODE: Final = frozenset({"ext3", "ext4", _NO_JOURNAL, "xfs", "btrfs", "f2fs", "zfs", "overlay", "tmpfs"})
 # Here the fsync of a new file or directory includes its name, and what was done to its directory before: a journal keeps the order of all
@@ -56,7 +58,6 @@ _NAME_INCLUDED: Final = frozenset({"ext4", _NO_JOURNAL, "xfs"})
 # Here, or in what may be below (overlay), a file that was synced without a name is deleted on the disk, whatever it is linked as later.
 _NAMED_FIRST: Final = frozenset({"ext2", _NO_JOURNAL, "overlay"})
 _NO_TMPFILE: Final = frozenset({errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOSYS})
-_NO_RENAME: Final = frozenset({errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS})
 _NO_HARD_LINKS: Final = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK})
 # A link that failed so surely made nothing. After any other error (EIO, ETIMEDOUT, EINTR, ESTALE, ...) a server may have.
 _SURELY_NOT: Final = _NO_HARD_LINKS | {
@@ -160,8 +161,7 @@ class LocalStore:
                 try:
                     data = self._read(path)
                 except FileNotFoundError:
-                    if not self._keep_promises(_parent(path)):
-                        raise
+                    self._keep_promises(_parent(path))
                     data = self._read(path)
                 _fsync_directory(_parent(path))
             except (FileNotFoundError, NotADirectoryError):
@@ -217,10 +217,9 @@ class LocalStore:
         # the link fails with ENOENT, even if another process has made it anew.
         directory_fd = os.open(directory, _DIRECTORY)
         try:
-            if durable and self._promises and self._may_promise(directory, directory_fd, key):
-                created = self._create_promised(directory, directory_fd, key, data)
-                if created is not None:
-                    return created
+            created = self._create_promised(directory, directory_fd, key, data) if durable and self._promises else None
+            if created is not None:
+                return created
             made, settled = self._write_and_link(directory, directory_fd, key, data, durable=durable)
             _step("before_dir_fsync", key)
             try:
@@ -271,18 +270,16 @@ class LocalStore:
             witness = self._volatile[1]
         if witness is None or witness.path != below or not witness.is_there():
             return False
-        if self._kind == _NO_JOURNAL:
-            # There both halves of a rename are written at once only if they are in one block.
-            found = os.fstat(directory_fd)
-            return found.st_size <= found.st_blksize
-        return True
+        return self._kind != _NO_JOURNAL or _is_one_block(directory_fd)
 
     def _create_promised(self, directory: str, directory_fd: int, key: str, data: bytes) -> bool | None:
-        """Create a record whose name is durable, hidden, before it has it; None if another thread is doing that here."""
+        """Create a record whose name is durable, hidden, before it has it; None if this process must not, or another thread is at it."""
         me = object()
         if self._promising.setdefault(directory, me) is not me:
             return None
         try:
+            if not self._may_promise(directory, directory_fd, key):
+                return None
             made = self._promise(directory, directory_fd, key, data)
         finally:
             del self._promising[directory]
@@ -309,11 +306,9 @@ class LocalStore:
             self._forget(directory)
             try:
                 os.unlink(promise, dir_fd=directory_fd)
-            except FileNotFoundError:
+            except OSError:  # another process has kept it, or will
                 if isinstance(error, OSError):
-                    raise AmbiguousReplyError(self._ambiguous(key, "another process may have made it", error), errno=error.errno) from error
-            except OSError:
-                pass
+                    raise AmbiguousReplyError(self._ambiguous(key, "another process may make it", error), errno=error.errno) from error
             with suppress(OSError):
                 os.fsync(directory_fd)  # or a crash could bring it back
             raise
@@ -334,7 +329,7 @@ class LocalStore:
                     return mine
                 if there is not None or error.errno == errno.EEXIST:
                     return None
-            elif error.errno in _NO_RENAME:
+            elif error.errno in leftovers.NO_RENAME:
                 self._promises = False
                 raise FileNotFoundError(errno.ENOENT, "once more, without a promise") from error
             elif error.errno in _SURELY_NOT:
@@ -345,6 +340,12 @@ class LocalStore:
         if not made.st_nlink:
             gone = OSError(errno.ENOLINK, "renamed, and not there")
             raise AmbiguousReplyError(self._ambiguous(key, "somebody has deleted it already", gone), errno=gone.errno)
+        if self._kind == _NO_JOURNAL and not _is_one_block(directory_fd):  # since the promise, or with its rename
+            try:
+                os.fsync(directory_fd)
+            except OSError as error:
+                msg = self._ambiguous(key, "its directory could not be made durable", error)
+                raise AmbiguousReplyError(msg, errno=error.errno) from error
         return made
 
     # -- the same, with a file and its directory
@@ -474,7 +475,8 @@ class LocalStore:
             except FileNotFoundError:  # nor are those above it
                 os.makedirs(directory, exist_ok=True)
             else:
-                self._made = directory if self._kind in _NAME_INCLUDED else ""
+                included = self._kind in _NAME_INCLUDED and (self._kind != _NO_JOURNAL or os.stat(directory).st_blocks)
+                self._made = directory if included else ""
 
     def _check_place(self, directory: str) -> None:
         """Check the root, if no record that this process has made beside `directory` shows that it is there."""
@@ -520,8 +522,7 @@ class LocalStore:
         except (FileNotFoundError, NotADirectoryError):
             return [], []
         try:
-            with os.scandir(directory_fd) as entries:
-                kinds = {entry.name: entry.is_dir() for entry in entries}
+            kinds = _look(directory_fd)
             found = leftovers.tidy(kinds, directory_fd)
             keys = [key for name in found.names if not kinds.get(name) and (key := prefix + name) > start_after]
             if found.kept or (keys and not self._has_made(prefix, keys)):
@@ -530,11 +531,11 @@ class LocalStore:
             _close(directory_fd)
         return keys, [f"{prefix}{name}/" for name in found.names if kinds.get(name)]
 
-    def _keep_promises(self, directory: str) -> bool:
-        """Whether there is a record more in `directory` since it was looked for what was promised; it is not fsynced yet."""
+    def _keep_promises(self, directory: str) -> None:
+        """Look whether what is not there was promised."""
         directory_fd = os.open(directory, _DIRECTORY)
         try:
-            return leftovers.tidy(os.listdir(directory_fd), directory_fd).kept
+            leftovers.tidy(os.listdir(directory_fd), directory_fd)
         finally:
             _close(directory_fd)
 
@@ -634,6 +635,29 @@ def _write(fd: int, data: bytes) -> None:
         if not count:
             raise OSError(errno.EIO, "write() took nothing")
         written += count
+
+
+def _look(directory_fd: int) -> dict[str, bool]:
+    """The names in a directory, and whether each is a directory.
+
+    Of many the kernel tells some at a time, and a rename in between (of a promise) may hide what was there all the time: then once more.
+    """
+    for _ in range(_MAX_LOOKS):
+        before = os.fstat(directory_fd).st_mtime_ns
+        with os.scandir(directory_fd) as entries:
+            kinds = {entry.name: entry.is_dir() for entry in entries}
+        if len(kinds) - sum(kinds.values()) < _MANY or os.fstat(directory_fd).st_mtime_ns == before:
+            break
+    return kinds
+
+
+def _is_one_block(directory_fd: int) -> bool:
+    """Whether all names of a directory are in one block: on ext4 without a journal, only then is a rename written at once.
+
+    Names that are in the inode, in no block, are not written with those below them.
+    """
+    found = os.fstat(directory_fd)
+    return found.st_size <= found.st_blksize and found.st_blocks > 0
 
 
 def _found(fd: int) -> os.stat_result | None:
