@@ -126,7 +126,7 @@ class Soak:
 
     def say(self, text: str) -> None:
         """Print a line, with the time."""
-        print(f"{time.monotonic() - self._began:7.1f}  {text}", flush=True)
+        print(f"{time.monotonic() - self._began:7.1f}  {text}\n", end="", flush=True)  # at once: other threads say something, too
 
     def wrong(self, text: str) -> None:
         """That must not be."""

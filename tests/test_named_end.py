@@ -30,6 +30,7 @@ DIES = """
 import os, sys
 from faultguard._named import NamedRun
 from faultguard._settings import decode_settings
+from faultguard.storage import leftovers
 left = int(sys.argv[2])
 named = NamedRun.enter(decode_settings(sys.argv[1].encode()), resume="auto", takeover=False, say=print)
 named._lease.end()
@@ -44,6 +45,7 @@ def dying(call):
     return dies
 
 os.unlink, os.link = dying(os.unlink), dying(os.link)
+leftovers.become = dying(leftovers.become)
 print("\\n".join(named.end(failed=False)))
 """
 DIED = 9
