@@ -207,11 +207,37 @@ def test_a_long_listing_that_a_rename_has_met_is_made_again(tmp_path: Path, monk
     assert LocalStore(str(tmp_path)).list("run/task/w/") == ([ONE, TWO, THREE] if many == 1 else [ONE, THREE])
 
 
-def test_half_a_rename_is_left_alone(root: Path) -> None:
-    """Both names are on the disk, of one file, and ext4 without a journal counts one link: the file would go with either."""
+@pytest.mark.parametrize("links", [1, 2])
+def test_half_a_rename_is_left_alone(root: Path, monkeypatch: pytest.MonkeyPatch, links: int) -> None:
+    """Both names are on the disk, of one file; where ext4 without a journal counts one link, the file would go with either."""
     os.link(root / "run/task/w" / hidden(root)[0], root / TWO)
+    real = os.stat
+
+    def counted(path: Any, **options: Any) -> Any:
+        found = real(path, **options)
+        return mock.Mock(st_ino=found.st_ino, st_nlink=links) if "dir_fd" in options else found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "stat", counted)
+        assert LocalStore(str(root)).list("") == [ONE, TWO]
+    assert len(hidden(root)) == (links == 1)
+    assert (root / TWO).read_bytes() == b"promised"
+
+
+def test_a_promise_that_cannot_be_read_now_is_not_removed(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error is told, and later there it is."""
+    real = os.open
+
+    def fails(path: Any, *arguments: Any, **options: Any) -> int:
+        if str(path).startswith(".tmp-"):
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return real(path, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", fails)
+        with pytest.raises(CheckpointStoreError, match="EMFILE"):
+            LocalStore(str(root)).list("")
     assert LocalStore(str(root)).list("") == [ONE, TWO]
-    assert len(hidden(root)) == 1
 
 
 def test_nothing_hidden_is_left_by_who_lives(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from faultguard._core.names import record_number
 
@@ -32,6 +32,7 @@ _UNDER_WAY_S: Final = 10.0  # a living writer needs a moment between the fsync o
 _DIGEST_CHARS: Final = 32
 _PIECE: Final = 1 << 20
 _RENAME_NOREPLACE: Final = 1
+_MAY_NOT: Final = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
 NO_RENAME: Final = frozenset({errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS, errno.EPERM})  # of what `become` may say: use links
 _NAME: Final = re.compile(r"\.tmp-([0-9a-f]+-[0-9]+)-([0-9]{1,7})-([0-9]+)-[0-9]+(?:-(.+)-([0-9a-f]{32}))?")
 _numbers: Final = itertools.count()
@@ -132,48 +133,62 @@ def tidy(names: Collection[str], directory_fd: int) -> Tidied:
     hidden = (_parse(name) for name in names if name.startswith("."))
     for found in sorted(filter(None, hidden), key=lambda leftover: leftover.record):  # the lower first: see `_keep`
         if found.record in visible:
-            # Another writer was faster. Of half a rename (ext4 without a journal) both names are of one file, and one link is counted.
-            if inode(found.name, directory_fd) != inode(found.record, directory_fd):
+            if _is_superfluous(found, directory_fd):
                 unlink(found.name, directory_fd)
-        elif found.record and _keep(found, visible, directory_fd):
+            continue
+        answer = _keep(found, visible, directory_fd) if found.record else "no"
+        if answer == "kept":
             visible.append(found.record)
             kept = True
-        elif not found.is_alive(directory_fd):
+        elif answer == "no" and not found.is_alive(directory_fd):
             unlink(found.name, directory_fd)
     return Tidied(visible, kept)
 
 
-def _keep(promise: _Leftover, visible: list[str], directory_fd: int) -> bool:
-    """Make the record that was promised, if all of it is there; whether it is there now.
+def _is_superfluous(promise: _Leftover, directory_fd: int) -> bool:
+    """Whether its record is another file, or this one with two links. Half a rename, without a journal, leaves two names and one link."""
+    try:
+        mine, there = (os.stat(name, dir_fd=directory_fd) for name in (promise.name, promise.record))
+    except FileNotFoundError:
+        return False
+    return mine.st_ino != there.st_ino or mine.st_nlink > 1
+
+
+def _keep(promise: _Leftover, visible: list[str], directory_fd: int) -> Literal["kept", "later", "no"]:
+    """Make the record that was promised, if all of it is there.
 
     Not below a record with a higher number: who made that one has seen all that were acknowledged, so this one was not, or was deleted
-    since. Nor while its writer is about to do so itself; one that was stopped meanwhile is not waited for.
+    since. Later, while its writer is about to do so itself; one that was stopped meanwhile is not waited for.
     """
     number = record_number(promise.record)
     if number is None or number < max((record_number(name) or 0 for name in visible), default=0):
-        return False
-    recent = promise.is_of_this_boot and promise.is_younger(_UNDER_WAY_S, directory_fd)
-    if recent and promise.is_alive(directory_fd, in_doubt_s=_UNDER_WAY_S):
-        return False
+        return "no"
+    young = promise.is_younger(_UNDER_WAY_S, directory_fd)
+    if young and promise.is_of_this_boot and promise.is_alive(directory_fd, in_doubt_s=_UNDER_WAY_S):
+        return "later"
     try:
         file = os.open(promise.name, os.O_RDONLY, dir_fd=directory_fd)
         try:
             if not _is_whole(file, promise.digest):
-                return False  # the power failed before it was durable
+                return "no"  # the power failed before it was durable
             _rename(promise, directory_fd)
         finally:
             os.close(file)
     except (FileExistsError, FileNotFoundError):  # somebody else was faster
-        return inode(promise.record, directory_fd) is not None
-    except OSError:
-        if promise.is_of_this_boot:
-            return False  # nobody was told of it: that comes after the rename, and was not lost since
+        return "kept" if inode(promise.record, directory_fd) is not None else "no"
+    except OSError as error:
+        # Who may not write has to see less: the reply to the writer comes after the rename. But after a crash there was one, maybe.
+        if error.errno in _MAY_NOT and (young or promise.is_of_this_boot):
+            return "later"
         raise
-    return True
+    return "kept"
 
 
 def _is_whole(file: int, digest: str) -> bool:
-    """Whether the disk has the content of a promise. The memory may have it, and say that all is written, after an fsync that failed."""
+    """Whether the disk has the content of a promise.
+
+    After an fsync that failed, for whomever, the kernel may have it in memory only, and the next fsync is a success.
+    """
     os.fsync(file)
     os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
     found = hashlib.sha256()
@@ -191,7 +206,7 @@ def _rename(promise: _Leftover, directory_fd: int) -> None:
             raise
         os.link(promise.name, promise.record, src_dir_fd=directory_fd, dst_dir_fd=directory_fd)
         os.fsync(directory_fd)
-        os.unlink(promise.name, dir_fd=directory_fd)
+        unlink(promise.name, directory_fd)
 
 
 def _parse(name: str) -> _Leftover | None:

@@ -49,7 +49,7 @@ _MAX_SETTLED: Final = 10_000
 _EMPTY_WAIT_S: Final = 0.2
 _MAX_IDENTITY: Final = 1 << 12
 _MANY: Final = 128  # files in a directory
-_MAX_LOOKS: Final = 10
+_MAX_LOOKS: Final = 3
 _NO_JOURNAL: Final = "ext4 without a journal"
 _OF_ONE_NODE: Final = frozenset({"ext3", "ext4", _NO_JOURNAL, "xfs", "btrfs", "f2fs", "zfs", "overlay", "tmpfs"})
 # Here the fsync of a new file or directory includes its name, and what was done to its directory before: a journal keeps the order of all
@@ -282,7 +282,7 @@ class LocalStore:
                 return None
             made = self._promise(directory, directory_fd, key, data)
         finally:
-            del self._promising[directory]
+            self._promising.pop(directory, None)
         if made is None:
             return False
         _step("after_link", key)
@@ -299,6 +299,8 @@ class LocalStore:
             os.fsync(fd)  # if this fails: see `_write_and_link`
             _step("before_link", key)
             made = self._become(fd, promise, directory_fd, key)
+            if made is not None and self._kind == _NO_JOURNAL and not _is_one_block(directory_fd):
+                self._fsync_grown(directory_fd, key)
             if made is None:
                 os.fsync(directory_fd)  # as below; and before the promise goes, or a crash could find it without the other record
                 leftovers.unlink(promise, directory_fd)
@@ -309,8 +311,11 @@ class LocalStore:
             except OSError:  # another process has kept it, or will
                 if isinstance(error, OSError):
                     raise AmbiguousReplyError(self._ambiguous(key, "another process may make it", error), errno=error.errno) from error
-            with suppress(OSError):
+            try:
                 os.fsync(directory_fd)  # or a crash could bring it back
+            except OSError:
+                if isinstance(error, OSError):
+                    raise AmbiguousReplyError(self._ambiguous(key, "a crash may bring it", error), errno=error.errno) from error
             raise
         else:
             return made
@@ -340,13 +345,15 @@ class LocalStore:
         if not made.st_nlink:
             gone = OSError(errno.ENOLINK, "renamed, and not there")
             raise AmbiguousReplyError(self._ambiguous(key, "somebody has deleted it already", gone), errno=gone.errno)
-        if self._kind == _NO_JOURNAL and not _is_one_block(directory_fd):  # since the promise, or with its rename
-            try:
-                os.fsync(directory_fd)
-            except OSError as error:
-                msg = self._ambiguous(key, "its directory could not be made durable", error)
-                raise AmbiguousReplyError(msg, errno=error.errno) from error
         return made
+
+    def _fsync_grown(self, directory_fd: int, key: str) -> None:
+        """It had one block before the promise."""
+        try:
+            os.fsync(directory_fd)
+        except OSError as error:
+            msg = self._ambiguous(key, "its directory could not be made durable", error)
+            raise AmbiguousReplyError(msg, errno=error.errno) from error
 
     # -- the same, with a file and its directory
 
@@ -475,7 +482,7 @@ class LocalStore:
             except FileNotFoundError:  # nor are those above it
                 os.makedirs(directory, exist_ok=True)
             else:
-                included = self._kind in _NAME_INCLUDED and (self._kind != _NO_JOURNAL or os.stat(directory).st_blocks)
+                included = self._kind in _NAME_INCLUDED and (self._kind != _NO_JOURNAL or not _is_in_its_inode(directory))
                 self._made = directory if included else ""
 
     def _check_place(self, directory: str) -> None:
@@ -535,7 +542,8 @@ class LocalStore:
         """Look whether what is not there was promised."""
         directory_fd = os.open(directory, _DIRECTORY)
         try:
-            leftovers.tidy(os.listdir(directory_fd), directory_fd)
+            if leftovers.tidy(os.listdir(directory_fd), directory_fd).kept:
+                os.fsync(directory_fd)
         finally:
             _close(directory_fd)
 
@@ -652,12 +660,15 @@ def _look(directory_fd: int) -> dict[str, bool]:
 
 
 def _is_one_block(directory_fd: int) -> bool:
-    """Whether all names of a directory are in one block: on ext4 without a journal, only then is a rename written at once.
-
-    Names that are in the inode, in no block, are not written with those below them.
-    """
+    """Whether all names of a directory are in one block: on ext4 without a journal, only then is a rename written at once."""
     found = os.fstat(directory_fd)
-    return found.st_size <= found.st_blksize and found.st_blocks > 0
+    return found.st_size == found.st_blksize
+
+
+def _is_in_its_inode(directory: str) -> bool:
+    """Whether a directory is one of ext4 that has its names in its inode (`inline_data`); it is not written with what is in it."""
+    found = os.stat(directory)
+    return found.st_size < found.st_blksize
 
 
 def _found(fd: int) -> os.stat_result | None:
