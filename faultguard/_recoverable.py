@@ -289,10 +289,11 @@ class RecoverableFunction(Generic[P, R]):
         bound = self._signature.bind(*args, **kwargs)  # a TypeError here, not in the task
         payload = _packing.pack(args, kwargs) if args or kwargs else b""
         header = self._header(settings, bound, payload)
+        submit = self._remote(settings).remote  # first: refuses options that Ray does not know, and then nothing is submitted
         recorded = self._from_the_record(header)
         if recorded is not None:
             return cast("ObjectRef[R]", recorded[0])
-        encoded, submit = msgspec.msgpack.encode(header), self._remote(settings).remote
+        encoded = msgspec.msgpack.encode(header)
         reference: ObjectRef[R] = submit(encoded) if payload is not None else submit(encoded, *args, **kwargs)
         return reference
 

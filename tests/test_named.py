@@ -381,6 +381,15 @@ def test_an_id_is_needed(start_run: StartRun) -> None:
         assert get(nameless.options(worker_id="n").remote(3)) == 3
 
 
+def test_what_ray_refuses_was_not_submitted(start_run: StartRun, capfd: pytest.CaptureFixture[str]) -> None:
+    """A run does not wait for it: it is closed when all others have completed."""
+    with start_run(run=RUN):
+        with pytest.raises(ValueError, match="nonsense"):
+            nameless.options(worker_id="bad", nonsense=1).remote(3)
+        assert get(nameless.options(worker_id="good").remote(3)) == 3
+    assert "run 'nightly' (#1) closed: 1 completed" in capfd.readouterr().err
+
+
 SIZE = 2 << 20
 
 

@@ -299,11 +299,11 @@ class LocalStore:
             os.fsync(fd)  # if this fails: see `_write_and_link`
             _step("before_link", key)
             made = self._become(fd, promise, directory_fd, key)
-            if made is not None and self._kind == _NO_JOURNAL and not _is_one_block(directory_fd):
-                self._fsync_grown(directory_fd, key)
             if made is None:
                 os.fsync(directory_fd)  # as below; and before the promise goes, or a crash could find it without the other record
                 leftovers.unlink(promise, directory_fd)
+            elif self._kind == _NO_JOURNAL and not _is_one_block(directory_fd):
+                self._fsync_grown(directory_fd, key)
         except BaseException as error:
             self._forget(directory)
             try:
